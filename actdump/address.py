@@ -1,0 +1,390 @@
+"""Addresses: places in a model, as text. `transformer.h[-1].output[0]` is a module path, a port, and items into the value.
+
+    address = [ module "." ] port { item }
+    module  = name { "." name | "[" int "]" | "[" slice "]" | "[*]" | ".*" }
+    port    = "output" | "outputs" | "input" | "inputs"
+    item    = "[" int "]" | "[" "'key'" "]" | "." key | "[" tensor index "]"
+
+The port is the last port word outside brackets, because a module may have a child with such a name (BERT has `output`).
+Nothing here evaluates text, and nothing here needs torch: a module is whatever has `named_children()`.
+"""
+
+import ast
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from types import EllipsisType
+from typing import Any, Literal, Protocol, cast
+
+from actdump.errors import AddressError, did_you_mean
+
+Port = Literal["output", "outputs", "input", "inputs"]
+PORTS: tuple[Port, ...] = ("output", "outputs", "input", "inputs")
+
+
+class Tree(Protocol):
+    """The part of `torch.nn.Module` that an address needs."""
+
+    def named_children(self) -> Iterator[tuple[str, Any]]: ...
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A slice that can be hashed, compared and written: `4:8`, `::4`, `-3:`."""
+
+    start: int | None = None
+    stop: int | None = None
+    step: int | None = None
+
+    def __str__(self) -> str:
+        text = f"{_blank(self.start)}:{_blank(self.stop)}"
+        return text if self.step is None else f"{text}:{self.step}"
+
+    def of(self, size: int) -> range:
+        """The positions that the slice picks from an axis of that size."""
+        return range(size)[slice(self.start, self.stop, self.step)]
+
+
+def _blank(number: int | None) -> str:
+    return "" if number is None else str(number)
+
+
+@dataclass(frozen=True)
+class Child:
+    """`.name` in a module path, or `.key` after a port."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Nth:
+    """`[5]`: an entry of a list of modules, or of a tuple, or a position in a tensor."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Some:
+    """`[4:8]` in a module path: a range of entries."""
+
+    entries: Slice
+
+
+@dataclass(frozen=True)
+class Every:
+    """`[*]` or `.*` in a module path: every child."""
+
+    bracket: bool
+
+
+@dataclass(frozen=True)
+class Key:
+    """`['logits']`: an entry of a mapping."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """`[:, -1]`: an index into a tensor, done on each prompt's own value of shape `(1, tokens, …)`."""
+
+    entries: tuple[int | Slice | EllipsisType, ...]
+
+
+Step = Child | Nth | Some | Every
+Item = Nth | Key | Child | Index
+
+
+@dataclass(frozen=True)
+class Address:
+    """A place in a model; `str(address)` is its text and `parse` its inverse."""
+
+    module: tuple[Step, ...]
+    port: Port
+    items: tuple[Item, ...] = ()
+
+    def __str__(self) -> str:
+        dot = "." if self.module else ""
+        return path_text(self.module) + dot + self.port + "".join(_written(item) for item in self.items)
+
+    @property
+    def path(self) -> str:
+        """The module path alone, as written; empty for the model itself."""
+        return path_text(self.module)
+
+    @property
+    def many(self) -> bool:
+        """Whether the address is a pattern that can stand for several modules."""
+        return any(isinstance(step, Some | Every) for step in self.module)
+
+
+def path_text(steps: Iterable[Step]) -> str:
+    """A module path as text: `transformer.h[-1]`."""
+    return "".join(_written(step) for step in steps).removeprefix(".")
+
+
+def _written(step: Step | Item) -> str:
+    match step:
+        case Child(name):
+            return f".{name}"
+        case Nth(number):
+            return f"[{number}]"
+        case Some(entries):
+            return f"[{entries}]"
+        case Every(bracket):
+            return "[*]" if bracket else ".*"
+        case Key(key):
+            return f"[{key!r}]"
+        case Index(entries):
+            comma = "," if len(entries) == 1 and isinstance(entries[0], int) else ""
+            return "[" + ", ".join("..." if entry is ... else str(entry) for entry in entries) + comma + "]"
+
+
+# ---------------------------------------------------------------------------------------------------------- parsing
+
+_TOKEN = re.compile(
+    r"""(?P<name>(?:^|\.)\s*[^.\[\]\s*'"]+)
+      | (?P<star>\.\s*\*)
+      | \[(?P<bracket>(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\[\]'"])*)\]""",
+    re.VERBOSE,
+)
+_SLICE = re.compile(r"(-?\d+)?\s*:\s*(-?\d+)?\s*(?::\s*(-?\d+)?)?")
+_INTEGER = re.compile(r"-?\d+")
+
+
+def parse(text: str) -> Address:
+    """Read an address.
+
+    Raises:
+        AddressError: the text is not an address; the message shows where it stops making sense.
+    """
+    tokens = list(_tokens(text.strip()))
+    ports = [place for place, (kind, token, _) in enumerate(tokens) if kind == "name" and token in PORTS]
+    if not ports:
+        remedy = f"`{text.strip().rstrip('.')}.output`" if tokens else "`transformer.h[-1].output[0]`"
+        raise AddressError(f"`{text}` names no port: an address goes on with .output, .input, .outputs or .inputs, as in {remedy}")
+    place = ports[-1]
+    module = tuple(_step(text, *token) for token in tokens[:place])
+    items = tuple(_item(text, *token) for token in tokens[place + 1 :])
+    return Address(module, cast(Port, tokens[place][1]), items)
+
+
+def _tokens(text: str) -> Iterator[tuple[str, str, int]]:
+    position = 0
+    while position < len(text):
+        found = _TOKEN.match(text, position)
+        if found is None:
+            raise _error(text, position, _complaint(text, position))
+        kind = cast(str, found.lastgroup)
+        token = found[kind] if kind == "bracket" else found[kind].removeprefix(".")
+        yield kind, token.strip(), position
+        position = found.end()
+
+
+def _complaint(text: str, position: int) -> str:
+    rest = text[position:]
+    if rest.startswith("["):
+        return "this bracket is not closed, or holds another one"
+    if rest.startswith(".") and len(rest.strip(". ")) == 0:
+        return "nothing follows the dot"
+    if rest.startswith(".."):
+        return "two dots in a row"
+    return "a name here needs a dot before it; names, [brackets] and .* are all that can stand here"
+
+
+def _error(text: str, position: int, complaint: str) -> AddressError:
+    return AddressError(f"`{text}` is not an address: {complaint}, at character {position + 1} (`{text[position:][:20]}`)")
+
+
+def _step(text: str, kind: str, token: str, position: int) -> Step:
+    if kind == "name":
+        return Child(token)
+    if kind == "star" or token == "*":
+        return Every(bracket=kind == "bracket")
+    if _INTEGER.fullmatch(token):
+        return Nth(int(token))
+    if found := _SLICE.fullmatch(token):
+        return Some(_slice(text, found, position))
+    raise _error(text, position, "in a module path, brackets hold a number, a slice such as 4:8, or *")
+
+
+def _item(text: str, kind: str, token: str, position: int) -> Item:
+    if kind == "name":
+        return Child(token)
+    if kind == "star" or token == "*":
+        raise _error(text, position, "a star stands for modules, so it cannot follow the port")
+    if _INTEGER.fullmatch(token):
+        return Nth(int(token))
+    if token[:1] in ("'", '"'):
+        return Key(_quoted(text, token, position))
+    return Index(tuple(_entry(text, entry.strip(), position) for entry in token.removesuffix(",").split(",")))
+
+
+def _quoted(text: str, token: str, position: int) -> str:
+    try:
+        key = ast.literal_eval(token)
+    except (ValueError, SyntaxError):
+        key = None
+    if not isinstance(key, str):
+        raise _error(text, position, "a key is one quoted word, as in ['logits']")
+    return key
+
+
+def _entry(text: str, entry: str, position: int) -> int | Slice | EllipsisType:
+    if entry == "...":
+        return ...
+    if _INTEGER.fullmatch(entry):
+        return int(entry)
+    if found := _SLICE.fullmatch(entry):
+        return _slice(text, found, position)
+    raise _error(
+        text, position, "brackets after the port hold a number, a quoted key ['logits'], or a tensor index such as [:, -1] or [..., 2:5]"
+    )
+
+
+def _slice(text: str, found: re.Match[str], position: int) -> Slice:
+    start, stop, step = (None if group is None else int(group) for group in found.groups())
+    if step == 0:
+        raise _error(text, position, "the step of a slice cannot be 0")
+    return Slice(start, stop, step)
+
+
+# -------------------------------------------------------------------------------------------- finding a place in a model
+
+
+def expand(address: Address, root: Tree) -> list[Address]:
+    """The resolved addresses that an address stands for in a model, in the model's order.
+
+    Entries of lists come out as non-negative numbers in brackets, however they were written.
+
+    Raises:
+        AddressError: a step leads nowhere; the message names what is there and the nearest real names.
+    """
+    places: list[tuple[tuple[Step, ...], Tree]] = [((), root)]
+    for step in address.module:
+        places = [(path + (taken,), child) for path, tree in places for taken, child in _follow(step, path, tree)]
+    if not places:
+        raise AddressError(f"`{address}` matches no module: `{address.path}` picks nothing")
+    return [replace(address, module=path) for path, _ in places]
+
+
+def module_at(address: Address, root: Tree) -> Any:
+    """The module that a resolved address names."""
+    module: Any = root
+    for step in address.module:
+        (_, module) = _follow(step, (), module)[0]
+    return module
+
+
+def _follow(step: Step, path: tuple[Step, ...], tree: Tree) -> list[tuple[Step, Tree]]:
+    children = dict(tree.named_children())
+    listed = bool(children) and all(name.isdigit() for name in children)
+    if isinstance(step, Child):
+        if step.name not in children:
+            raise AddressError(_no_child(step, path, tree, children))
+        return [(_taken(step.name, listed), children[step.name])]
+    if isinstance(step, Every):
+        if not children:
+            raise AddressError(f"{_place(path, tree)} has no children, so `{_written(step)}` picks nothing")
+        return [(_taken(name, listed), child) for name, child in children.items()]
+    if not listed:
+        names = ", ".join(children) or "nothing"
+        raise AddressError(f"{_place(path, tree)} is not a list, so `{_written(step)}` cannot follow; its children: {names}")
+    entries = list(children.items())
+    if isinstance(step, Some):
+        picked = [entries[number] for number in step.entries.of(len(entries))]
+    elif -len(entries) <= step.number < len(entries):
+        picked = [entries[step.number]]
+    else:
+        raise AddressError(_out_of_range(step, path, len(entries)))
+    return [(Nth(int(name)), child) for name, child in picked]
+
+
+def _taken(name: str, listed: bool) -> Step:
+    return Nth(int(name)) if listed else Child(name)
+
+
+def _place(path: tuple[Step, ...], tree: Tree) -> str:
+    return f"`{path_text(path)}` ({type(tree).__name__})" if path else f"the model ({type(tree).__name__})"
+
+
+def _no_child(step: Child, path: tuple[Step, ...], tree: Tree, children: dict[str, Tree]) -> str:
+    if not children:
+        return f"{_place(path, tree)} has no children, so there is no `{step.name}` in it"
+    if deeper := _deeper(step.name, path, tree):
+        return f"{_place(path, tree)} has no child `{step.name}`; did you mean `{deeper}`?"
+    return f"{_place(path, tree)} has no child `{step.name}`{did_you_mean(step.name, children)}"
+
+
+def _deeper(name: str, path: tuple[Step, ...], tree: Tree) -> str | None:
+    """The place one level further down that has the name, for a forgotten `model.` or `transformer.`."""
+    for between, child in tree.named_children():
+        if name in dict(child.named_children()):
+            return path_text((*path, Child(between), Child(name)))
+    return None
+
+
+def _out_of_range(step: Nth, path: tuple[Step, ...], size: int) -> str:
+    nearest = size - 1 if step.number >= 0 else -size
+    place = path_text(path)
+    return f"did you mean `{place}[{nearest}]`? `{place}` has {size} entries, 0 to {size - 1}, so there is no [{step.number}]"
+
+
+# ------------------------------------------------------------------------------------------------------------- taps
+
+Selection = Literal["all", "first", "last", "mean"] | tuple[int, ...] | Slice
+WORDS = ("all", "first", "last", "mean")
+
+
+def parse_selection(value: object) -> Selection:
+    """Read which tokens to keep: a word, a list of positions, or a slice as text (`"2:5"`).
+
+    Raises:
+        AddressError: it is none of these.
+    """
+    if isinstance(value, str):
+        if value in WORDS:
+            return cast(Selection, value)
+        if (found := _SLICE.fullmatch(value.strip())) and value.strip():
+            return _slice(value, found, 0)
+    if isinstance(value, list) and value and all(type(entry) is int for entry in value):
+        return tuple(value)
+    raise AddressError(f"`{value}` does not select tokens; use all, first, last, mean, a list of positions such as [0, -1], or a slice such as \"2:5\"")
+
+
+@dataclass(frozen=True)
+class Tap:
+    """What to keep at an address.
+
+    Attributes:
+        name: its name on disk, as the user spelt it where one address gives one tap.
+        address: the resolved address, when bound; as written, before.
+        tokens: which tokens to keep; `None` where nobody said, which means all.
+        dtype: the storage type, or `None` for the type in which it was computed.
+        call: which call of a module that runs several times in a forward; `None` where it must run once.
+    """
+
+    name: str
+    address: Address
+    tokens: Selection | None = None
+    dtype: str | None = None
+    call: int | None = None
+
+
+def expand_tap(tap: Tap, root: Tree, *, named: bool) -> list[Tap]:
+    """The taps that one line of `save` stands for in a model.
+
+    Args:
+        named: the user gave the name, so a pattern's taps are that name and what the pattern picked: `resid[4]`.
+    """
+    resolved = expand(tap.address, root)
+    if not tap.address.many:
+        return [replace(tap, address=resolved[0])]
+    if not named:
+        return [replace(tap, name=str(address), address=address) for address in resolved]
+    return [replace(tap, name=tap.name + _picked(tap.address, address), address=address) for address in resolved]
+
+
+def _picked(pattern: Address, resolved: Address) -> str:
+    steps = zip(pattern.module, resolved.module, strict=True)
+    return "".join(_written(taken) for step, taken in steps if isinstance(step, Some | Every))
