@@ -105,7 +105,7 @@ class Address:
 
     def __str__(self) -> str:
         dot = "." if self.module else ""
-        return path_text(self.module) + dot + self.port + "".join(_written(item) for item in self.items)
+        return path_text(self.module) + dot + self.port + "".join(written(item) for item in self.items)
 
     @property
     def path(self) -> str:
@@ -120,10 +120,11 @@ class Address:
 
 def path_text(steps: Iterable[Step]) -> str:
     """A module path as text: `transformer.h[-1]`."""
-    return "".join(_written(step) for step in steps).removeprefix(".")
+    return "".join(written(step) for step in steps).removeprefix(".")
 
 
-def _written(step: Step | Item) -> str:
+def written(step: Step | Item) -> str:
+    """A step or an item as it stands in an address, its dot or brackets included."""
     match step:
         case Child(name):
             return f".{name}"
@@ -285,11 +286,11 @@ def _follow(step: Step, path: tuple[Step, ...], tree: Tree) -> list[tuple[Step, 
         return [(_taken(step.name, listed), children[step.name])]
     if isinstance(step, Every):
         if not children:
-            raise AddressError(f"{_place(path, tree)} has no children, so `{_written(step)}` picks nothing")
+            raise AddressError(f"{_place(path, tree)} has no children, so `{written(step)}` picks nothing")
         return [(_taken(name, listed), child) for name, child in children.items()]
     if not listed:
         names = ", ".join(children) or "nothing"
-        raise AddressError(f"{_place(path, tree)} is not a list, so `{_written(step)}` cannot follow; its children: {names}")
+        raise AddressError(f"{_place(path, tree)} is not a list, so `{written(step)}` cannot follow; its children: {names}")
     entries = list(children.items())
     if isinstance(step, Some):
         picked = [entries[number] for number in step.entries.of(len(entries))]
@@ -387,4 +388,4 @@ def expand_tap(tap: Tap, root: Tree, *, named: bool) -> list[Tap]:
 
 def _picked(pattern: Address, resolved: Address) -> str:
     steps = zip(pattern.module, resolved.module, strict=True)
-    return "".join(_written(taken) for step, taken in steps if isinstance(step, Some | Every))
+    return "".join(written(taken) for step, taken in steps if isinstance(step, Some | Every))

@@ -1,0 +1,240 @@
+"""The plan: taps, parts and the digest of all that decides the bytes. Pure: no files, no model, no clock."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actdump.address import Slice
+
+ITEM_BYTES = {
+    "float64": 8, "int64": 8, "uint64": 8, "float32": 4, "int32": 4, "uint32": 4, "float16": 2, "bfloat16": 2, "int16": 2,
+    "uint16": 2, "int8": 1, "uint8": 1, "bool": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one prompt gives at a tap.
+
+    Attributes:
+        dims: the axes of one prompt's value, the batch axis dropped. A number is a fixed size; a slice is the
+            positions that it picks from the prompt's tokens.
+        dtype: the storage type, by torch's name.
+    """
+
+    dims: tuple[int | Slice, ...]
+    dtype: str
+
+    @property
+    def ragged(self) -> int:
+        """How many axes depend on the number of tokens."""
+        return sum(isinstance(dim, Slice) for dim in self.dims)
+
+    @property
+    def flat(self) -> bool:
+        """Whether values are stored as bare elements, because more than the leading axis is ragged."""
+        return self.ragged > 1 or (self.ragged == 1 and not isinstance(self.dims[0], Slice))
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """The shape of one stored row: `(rows, *row)` is the shape of the tensor in a shard."""
+        if self.flat:
+            return ()
+        return tuple(dim for dim in self.dims if isinstance(dim, int))
+
+    def shape(self, tokens: int) -> tuple[int, ...]:
+        """The shape of the value of a prompt with that many tokens."""
+        return tuple(len(dim.of(tokens)) if isinstance(dim, Slice) else dim for dim in self.dims)
+
+    def rows(self, tokens: int) -> int:
+        """How many rows a prompt with that many tokens takes in a shard."""
+        if self.flat:
+            return math.prod(self.shape(tokens))
+        return self.shape(tokens)[0] if self.ragged else 1
+
+    @property
+    def row_bytes(self) -> int:
+        """The size of one stored row."""
+        return math.prod(self.row) * ITEM_BYTES[self.dtype]
+
+    def bytes(self, tokens: int) -> int:
+        """How many bytes a prompt with that many tokens takes in a shard, its offset apart."""
+        return self.rows(tokens) * self.row_bytes
+
+
+@dataclass(frozen=True)
+class Column:
+    """A tap as it stands in a dump.
+
+    Attributes:
+        name: the name in the files.
+        address: the address as the user spelt it.
+        resolved: the address with every index counted from the start.
+        module: the class of the module.
+        form: what the module returned or was given at the port, in words: `tensor`, `tuple of 2`.
+        tokens: the selection as text: `all`, `last`, `[0, -1]`, `2:5`.
+        call: which call of the module, where it runs more than once.
+        axes: the axes of what the module holds, in words: `("batch", "token", "768")`.
+        layout: what one prompt gives.
+    """
+
+    name: str
+    address: str
+    resolved: str
+    module: str
+    form: str
+    tokens: str
+    call: int | None
+    axes: tuple[str, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Part:
+    """The prompts of one shard: consecutive, `first` to `first + prompts - 1`."""
+
+    number: int
+    first: int
+    prompts: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large a batch may be, in padded tokens and in prompts."""
+
+    tokens: int
+    prompts: int | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that pass through the model together.
+
+    Attributes:
+        numbers: the prompts' numbers.
+        ids: the token ids of each.
+    """
+
+    numbers: tuple[int, ...]
+    ids: tuple[Sequence[int], ...]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The number of tokens of each prompt."""
+        return tuple(map(len, self.ids))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is decided before the first forward; the same for every machine and any number of workers.
+
+    Attributes:
+        digest: sha256 of all that decides the bytes.
+        facts: what the plan was made from: the spec, the inputs' hashes, the model, the tokens.
+        columns: the taps with what one prompt gives at each.
+        parts: the units of work.
+        budget: how large a batch may be.
+    """
+
+    digest: str
+    facts: Mapping[str, Any]
+    columns: tuple[Column, ...]
+    parts: tuple[Part, ...]
+    budget: Budget
+
+    @property
+    def prompts(self) -> int:
+        return sum(part.prompts for part in self.parts)
+
+    @property
+    def tokens(self) -> int:
+        return sum(part.tokens for part in self.parts)
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+
+def make(
+    facts: Mapping[str, Any],
+    columns: Sequence[Column],
+    lengths: Sequence[int],
+    *,
+    shard_bytes: int,
+    shard_tokens: int,
+    budget: Budget,
+) -> Plan:
+    """Make the plan.
+
+    Args:
+        facts: JSON-able; whatever else decides the bytes (spec, hashes of the inputs, hash of the tokens).
+        lengths: the number of tokens of each prompt, in prompt order.
+        shard_bytes: the size that a shard must not pass, unless one prompt alone does.
+        shard_tokens: the number of tokens that a part must not pass, unless one prompt alone does.
+    """
+    parts = tuple(_parts(columns, lengths, shard_bytes, shard_tokens))
+    decided = {
+        "facts": facts,
+        "columns": [_plain(column) for column in columns],
+        "parts": [[part.first, part.prompts] for part in parts],
+        "budget": [budget.tokens, budget.prompts],
+    }
+    return Plan(digest(decided), facts, tuple(columns), parts, budget)
+
+
+def digest(value: object) -> str:
+    """sha256 of a JSON-able value, the same however its mappings are ordered."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _plain(column: Column) -> list[object]:
+    layout = column.layout
+    return [column.name, column.resolved, column.tokens, column.call, [str(dim) for dim in layout.dims], layout.dtype]
+
+
+def _parts(columns: Sequence[Column], lengths: Sequence[int], most_bytes: int, most_tokens: int) -> Iterator[Part]:
+    cost: dict[int, int] = {}
+    number = first = tokens = size = 0
+    for place, length in enumerate(lengths):
+        if length not in cost:
+            cost[length] = prompt_bytes(columns, length)
+        if place > first and (size + cost[length] > most_bytes or tokens + length > most_tokens):
+            yield Part(number, first, place - first, tokens, size)
+            number, first, tokens, size = number + 1, place, 0, 0
+        tokens += length
+        size += cost[length]
+    if len(lengths) > first:
+        yield Part(number, first, len(lengths) - first, tokens, size)
+
+
+def prompt_bytes(columns: Sequence[Column], length: int) -> int:
+    """What a prompt of that many tokens adds to a shard: its rows, its token ids, and an offset for each of them."""
+    return sum(column.layout.bytes(length) + 8 for column in columns) + 4 * length + 8
+
+
+def batches(lengths: Sequence[int], budget: Budget) -> list[list[int]]:
+    """Cut the prompts of a part into batches: places in `lengths`, longest first, up to the budget of padded tokens.
+
+    The cut is the same wherever it is made: by length, then by place.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    cut: list[list[int]] = []
+    most = 0
+    for place in order:
+        if not cut or len(cut[-1]) >= most:
+            most = max(1, budget.tokens // max(1, lengths[place]))
+            if budget.prompts is not None:
+                most = min(most, budget.prompts)
+            cut.append([])
+        cut[-1].append(place)
+    return cut
+
+
+def padded(lengths: Sequence[int], cut: Sequence[Sequence[int]]) -> int:
+    """How many tokens the batches compute, padding included."""
+    return sum(len(batch) * max(lengths[place] for place in batch) for batch in cut)
