@@ -1,0 +1,495 @@
+"""The spec: the YAML file as strict models. Every mistake in it is reported at once, with file, line and what would be right."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from actdump.address import Selection, Tap, parse, parse_selection
+from actdump.errors import AddressError, MissingError, SpecError, UsageError, did_you_mean
+
+FLOATS = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+StorageType = Literal["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _text_of(key: str) -> Any:
+    """Read `key: text` where the short form is the text alone."""
+    return lambda value: {key: value} if isinstance(value, str) else value
+
+
+def _positive(value: int) -> int:
+    if value < 1:
+        raise ValueError("must be 1 or more")
+    return value
+
+
+Count = Annotated[int, AfterValidator(_positive)]
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def _bytes(value: Any) -> Any:
+    """Read `1 GB`, `500MB`, `2GiB`, or a number of bytes."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", value.lower())
+    if found is None or found[2] not in _UNITS:
+        raise ValueError('must be a size such as "1 GB", "500 MB" or a number of bytes')
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _address(value: str) -> str:
+    try:
+        parse(value)
+    except AddressError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+def _selection(value: Any) -> Any:
+    try:
+        parse_selection(value)
+    except AddressError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+Selected = Annotated[str | list[int] | None, BeforeValidator(_selection, json_schema_input_type=str | list[int])]
+
+
+class ModelSpec(_Strict):
+    """Which model, and how it is loaded."""
+
+    name: str | None = Field(None, description="hub id or local folder")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    task: Literal["causal-lm", "masked-lm", "base"] | None = Field(None, description="which Auto class; default from the config")
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto: an accelerator where there is one")
+    attn_implementation: str | None = Field(None, description="eager, sdpa, flash_attention_2 …")
+    gguf_file: str | None = Field(None, description="a GGUF file in the folder or repository")
+    device_map: str | dict[str, int | str] | None = Field(None, description="spread over devices by accelerate, as in from_pretrained")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    config: str | dict[str, Any] | None = Field(None, description="random weights from this config (a mapping with model_type, or a folder)")
+    seed: int = Field(0, description="the seed of random weights")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.name is None) == (self.config is None):
+            raise ValueError("needs `name` (a hub id or a local folder) or `config` (random weights), and not both")
+        if isinstance(self.config, dict) and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config: needs `model_type`, such as gpt2 or llama")
+        return self
+
+    @property
+    def source(self) -> str | None:
+        """The hub id or folder that the config comes from; `None` for a config written in the spec."""
+        return self.name if self.name is not None else self.config if isinstance(self.config, str) else None
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder that the model comes from, if it comes from one.
+
+        Raises:
+            MissingError: the name can only be a path, and nothing is there.
+        """
+        if self.source is None:
+            return None
+        path = Path(self.source).expanduser()
+        if path.is_dir():
+            return path
+        if self.source.startswith((".", "/", "~")) or self.source.count("/") > 1 or path.exists():
+            raise MissingError(f"model: `{self.source}` is not a folder with a model")
+        return None
+
+
+class Row(BaseModel):
+    """A prompt: one of `text`, `messages` and `input_ids`, perhaps an `id`, and any further fields, which are carried along."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    id: str | int | None = None
+    text: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    input_ids: list[int] | None = None
+
+    @model_validator(mode="after")
+    def _one_content(self) -> Self:
+        given = [name for name in ("text", "messages", "input_ids") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a prompt needs exactly one of `text`, `messages` and `input_ids`; this has {' and '.join(given) or 'none'}")
+        if not getattr(self, given[0]) or (self.text is not None and not self.text.strip()):
+            raise ValueError("an empty prompt; remove it, or say what it should be")
+        return self
+
+
+def _row(value: Any) -> Any:
+    if isinstance(value, str | Mapping | Row):
+        return _text_of("text")(value)
+    raise ValueError(f"a prompt is text or a mapping, not {_kind(value)} `{value}`; put quotes around it if it is text")
+
+
+PromptRow = Annotated[Row, BeforeValidator(_row, json_schema_input_type=str | Row)]
+
+
+class PromptsSpec(_Strict):
+    """Where the prompts come from: a list, or a file."""
+
+    rows: list[PromptRow] | None = None
+    file: str | None = Field(None, description="a .txt (one prompt a line) or .jsonl file, or - for standard input")
+    format: Literal["txt", "jsonl"] | None = Field(None, description="what the file holds; default from its name")
+    text: str = Field("text", description="the field of a .jsonl line that holds the prompt: text, messages or token ids")
+    id: str = Field("id", description="the field of a .jsonl line that holds the prompt's id")
+    limit: Count | None = Field(None, description="take the first so many")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.rows is None) == (self.file is None):
+            raise ValueError("needs a list of prompts, or `file`")
+        if self.rows == []:
+            raise ValueError("the list is empty")
+        if self.file is not None and self.kind is None:
+            raise ValueError(f"the name `{self.file}` does not end in .txt or .jsonl; say `format: txt` or `format: jsonl`")
+        return self
+
+    @property
+    def kind(self) -> str | None:
+        """What the file holds: `txt` or `jsonl`."""
+        suffix = Path(self.file or "").suffix.removeprefix(".")
+        return self.format or (suffix if suffix in ("txt", "jsonl") else None)
+
+
+def _prompts(value: Any) -> Any:
+    if isinstance(value, str):
+        raise ValueError(f"must be a list of prompts, or `file: {value}` for a file of them")
+    return {"rows": value} if isinstance(value, list) else value
+
+
+class TokenizerSpec(_Strict):
+    """How text becomes token ids."""
+
+    name: str | None = Field(None, description="another model's tokenizer: hub id or local folder")
+    add_special_tokens: bool = True
+    max_length: Count | None = Field(None, description="the most tokens a prompt may have; default: the model's limit")
+    truncation: bool = Field(False, description="cut what is too long, instead of stopping with an error")
+    chat_template: str | None = Field(None, description="a Jinja template for `messages`, instead of the tokenizer's own")
+    add_generation_prompt: bool = Field(False, description="end `messages` with the start of the assistant's turn")
+
+
+class SaveSpec(_Strict):
+    """What to keep at one address."""
+
+    name: str | None = None
+    address: Annotated[str, AfterValidator(_address)]
+    tokens: Selected = None
+    dtype: StorageType | None = None
+    call: int | None = Field(None, description="which call of a module that runs several times in a forward; -1 is the last")
+
+    @property
+    def tap(self) -> Tap:
+        """The tap, its address as written."""
+        selection = None if self.tokens is None else parse_selection(self.tokens)
+        return Tap(self.name or self.address, parse(self.address), selection, self.dtype, self.call)
+
+
+SaveEntry = Annotated[SaveSpec, BeforeValidator(_text_of("address"), json_schema_input_type=str | SaveSpec)]
+
+
+def _save(value: Any) -> Any:
+    if isinstance(value, str):
+        raise ValueError(f"must be a list of addresses, or a mapping of names to addresses; write `- {value}` on a line of its own")
+    if isinstance(value, Mapping):
+        return [{"name": name, **(entry if isinstance(entry, Mapping) else {"address": entry})} for name, entry in value.items()]
+    return value
+
+
+class BatchSpec(_Strict):
+    """How large a batch may be."""
+
+    tokens: Literal["auto"] | Count = Field("auto", description="padded tokens in a batch")
+    prompts: Count | None = Field(None, description="prompts in a batch")
+
+
+class ShardSpec(_Strict):
+    """How large a shard may be: the unit of work, and what an interruption can lose."""
+
+    size: Annotated[Count, BeforeValidator(_bytes, json_schema_input_type=int | str)] = Field(10**9, description="bytes, or 1 GB")
+    tokens: Count = Field(262_144, description="tokens in a shard")
+
+
+class Spec(_Strict):
+    """What to run and what to keep."""
+
+    model: Annotated[ModelSpec, BeforeValidator(_text_of("name"), json_schema_input_type=str | ModelSpec)]
+    prompts: Annotated[PromptsSpec, BeforeValidator(_prompts, json_schema_input_type=list[PromptRow] | PromptsSpec)]
+    tokenizer: TokenizerSpec = TokenizerSpec()
+    save: Annotated[
+        list[SaveEntry],
+        BeforeValidator(_save, json_schema_input_type=list[SaveEntry] | dict[str, str | SaveSpec]),
+    ]
+    tokens: Selected = Field(None, description="which tokens to keep where a tap does not say: all, first, last, mean, positions, a slice")
+    dtype: StorageType | None = Field(None, description="storage type of floating point taps that name none; default: as computed")
+    batch: BatchSpec = BatchSpec()
+    shard: ShardSpec = ShardSpec()
+    output: str | None = Field(None, description="the folder to write")
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        if not self.save:
+            raise ValueError("save: the list is empty")
+        names = [entry.tap.name for entry in self.save]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"save: two taps are called `{name}`; use the mapping form to give each a name")
+            if name in ("tokens", "__metadata__") or name.endswith(".offsets"):
+                raise ValueError(f"save: the name `{name}` is taken by the format itself; choose another")
+        return self
+
+    @property
+    def selection(self) -> Selection | None:
+        """The token selection of taps that name none."""
+        return None if self.tokens is None else parse_selection(self.tokens)
+
+    def decisive(self) -> dict[str, Any]:
+        """The part of the spec that decides the bytes, its local files apart (their contents count, not their names)."""
+        plain = self.model_dump(mode="json", exclude={"output": True, "model": {"device", "device_map"}}, exclude_defaults=True)
+        if self.model.folder is not None:
+            plain["model"].pop("name" if self.model.name is not None else "config")
+        if self.prompts.file is not None:
+            plain["prompts"].update(file="", format=self.prompts.kind)
+        if self.tokenizer.name is not None and Path(self.tokenizer.name).expanduser().is_dir():
+            plain["tokenizer"]["name"] = ""
+        return plain
+
+
+def load(path: Path, sets: Sequence[str] = ()) -> Spec:
+    """Read a spec file.
+
+    Args:
+        sets: `key.path=value` overrides; the value is read as YAML.
+
+    Raises:
+        MissingError: the file is not there.
+        SpecError: it has mistakes; the message lists all of them.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise MissingError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise MissingError(f"{path} is a folder; a spec is a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    document = _Document(str(path), {"SPEC_DIR": str(path.resolve().parent), **os.environ})
+    document.read(text)
+    for override in sets:
+        document.set(override)
+    return document.checked()
+
+
+Where = tuple[str | int, ...]
+
+
+@dataclass
+class _Document:
+    """A YAML file on its way to a spec: its data, the line of every value, and the mistakes so far."""
+
+    name: str
+    environment: Mapping[str, str]
+    data: Any = None
+    lines: dict[Where, str] = field(default_factory=dict)
+    mistakes: list[tuple[str, str]] = field(default_factory=list)
+
+    def read(self, text: str) -> None:
+        try:
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            raise SpecError(self._syntax(error, text)) from None
+        except yaml.YAMLError as error:
+            raise SpecError(f"{self.name}: not YAML: {error}") from None
+        self.data = {} if node is None else self._value(node, ())
+
+    def _syntax(self, error: yaml.MarkedYAMLError, text: str) -> str:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line if mark else 0
+        message = f"{self.name}:{line + 1}: not YAML: {error.problem or error.context}"
+        lines = text.splitlines()
+        near = lines[line] if line < len(lines) else ""
+        if re.search(r"[{\[].*\w\[", near):
+            message += f'; an address inside {{…}} or […] must be quoted, as in "model.layers[-1].output[0]": {near.strip()}'
+        elif "\t" in near:
+            message += "; YAML does not allow tabs for indentation"
+        return message
+
+    def _value(self, node: yaml.Node, where: Where) -> Any:
+        self.lines[where] = f"{self.name}:{node.start_mark.line + 1}"
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, where)
+        if isinstance(node, yaml.SequenceNode):
+            return [self._value(entry, (*where, place)) for place, entry in enumerate(node.value)]
+        return self._scalar(node, where)
+
+    def _mapping(self, node: yaml.MappingNode, where: Where) -> dict[str, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                self._mistake(f"{self.name}:{key.start_mark.line + 1}", f"`{key.value}` is given twice, first on line {seen[key.value]}")
+            seen[key.value] = key.start_mark.line + 1
+        yaml.constructor.SafeConstructor().flatten_mapping(node)
+        mapping: dict[str, Any] = {}
+        for key, entry in node.value:
+            mapping[key.value] = self._value(entry, (*where, key.value))
+            self.lines[(*where, key.value)] = f"{self.name}:{key.start_mark.line + 1}"
+        return mapping
+
+    def _scalar(self, node: yaml.Node, where: Where) -> Any:
+        text = node.value
+        if where[:1] != ("prompts",) or where[1:2] in (("file",), ("limit",), ("format",)):
+            text = self._substituted(text, where)
+        if node.style is not None:
+            return text
+        return _plain_scalar(text)
+
+    def _substituted(self, text: str, where: Where) -> str:
+        def value(found: re.Match[str]) -> str:
+            if found[0].startswith("$$"):
+                return found[0][1:]
+            given = self.environment.get(found[1])
+            if given is None and found[2] is None:
+                self._mistake(self.lines[where], f"${{{found[1]}}} is not set in the environment; give a default with ${{{found[1]}:-…}}")
+            return given if given else found[2] or ""
+
+        return re.sub(r"\$?\$\{(\w+)(?::-([^}]*))?\}", value, text)
+
+    def set(self, override: str) -> None:
+        """Apply `key.path=value`."""
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise UsageError(f"--set {override}: write it as key=value, as in --set model.dtype=float32")
+        try:
+            value = _data(yaml.compose(text, Loader=yaml.SafeLoader))
+        except yaml.YAMLError:
+            value = text
+        where = tuple(int(key) if key.isdigit() else key for key in path.split("."))
+        if where[0] == "model" and len(where) > 1 and isinstance(self.data.get("model"), str):
+            self.data["model"] = {"name": self.data["model"]}
+        if where[0] == "prompts" and len(where) > 1 and isinstance(self.data.get("prompts"), list):
+            self.data["prompts"] = {"rows": self.data["prompts"]}
+        if where[0] == "save" and len(where) > 2 and isinstance(self._at(where[:2]), str):
+            self.data["save"][where[1]] = {"address": self._at(where[:2])}
+        place: Any = self.data
+        for key in where[:-1]:
+            try:
+                place = place.setdefault(key, {}) if isinstance(place, dict) else place[key]
+            except (KeyError, IndexError, TypeError):
+                raise UsageError(f"--set {override}: there is no `{key}` in the spec") from None
+        try:
+            place[where[-1]] = value
+        except (IndexError, TypeError):
+            raise UsageError(f"--set {override}: `{'.'.join(map(str, where[:-1]))}` has no parts to set") from None
+        self.lines[where] = f"--set {path}"
+
+    def _at(self, where: Where) -> Any:
+        data = self.data
+        for key in where:
+            data = data.get(key) if isinstance(data, dict) else data[key] if isinstance(data, list) and key in range(len(data)) else None
+        return data
+
+    def checked(self) -> Spec:
+        """The spec, or all mistakes at once."""
+        spec = None
+        if not isinstance(self.data, dict):
+            raise SpecError(f"{self.name}:1: a spec is a mapping with model, prompts, save and output, not {_kind(self.data)}")
+        try:
+            spec = Spec.model_validate(self.data)
+        except ValidationError as error:
+            for each in error.errors():
+                where = self._place(each["loc"])
+                self._mistake(self._line(where), _said(each, where, self.data))
+        if self.mistakes or spec is None:
+            raise SpecError("\n".join(dict.fromkeys(f"{line}: {text}" for line, text in self.mistakes)))
+        return spec
+
+    def _mistake(self, line: str, text: str) -> None:
+        self.mistakes.append((line, text))
+
+    def _place(self, loc: Sequence[str | int]) -> Where:
+        """Where pydantic's location stands in the file: without the names of union members and of short forms lifted."""
+        where: Where = ()
+        data: Any = self.data
+        for key in loc:
+            if key == "rows" and isinstance(data, list):
+                continue
+            if where == ("save",) and isinstance(data, dict) and isinstance(key, int):
+                key = list(data)[key]
+            if isinstance(data, dict) and (key in data or key == loc[-1]):
+                where, data = (*where, key), data.get(str(key))
+            elif isinstance(data, list) and isinstance(key, int) and key < len(data):
+                where, data = (*where, key), data[key]
+        return where
+
+    def _line(self, where: Where) -> str:
+        while where and where not in self.lines:
+            where = where[:-1]
+        return self.lines.get(where, f"{self.name}:1")
+
+
+def _plain_scalar(text: str) -> Any:
+    """An unquoted scalar by YAML's rules, without its base-60 numbers (`2:5` is a slice) and dates (`2024-01-01` is an id)."""
+    tag = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))
+    if tag.endswith((":timestamp", ":merge", ":value")) or (":" in text and tag.endswith((":int", ":float"))):
+        return text
+    return yaml.constructor.SafeConstructor().construct_object(yaml.ScalarNode(tag, text))
+
+
+def _data(node: yaml.Node | None) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return {key.value: _data(entry) for key, entry in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_data(entry) for entry in node.value]
+    if node is None:
+        return None
+    return node.value if node.style is not None else _plain_scalar(node.value)
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list", dict: "a mapping", type(None): "nothing"}
+    return names.get(type(value), type(value).__name__)
+
+
+_SECTIONS: dict[Where, type[BaseModel]] = {
+    (): Spec, ("model",): ModelSpec, ("prompts",): PromptsSpec, ("tokenizer",): TokenizerSpec,
+    ("batch",): BatchSpec, ("shard",): ShardSpec,
+}  # fmt: skip
+_EXPECTED = {
+    "string_type": "text", "int_type": "a whole number", "bool_type": "true or false", "list_type": "a list",
+    "dict_type": "a mapping", "model_type": "a mapping", "model_attributes_type": "a mapping",
+}  # fmt: skip
+
+
+def _said(error: Any, where: Where, data: Any) -> str:
+    """One of pydantic's complaints in our words."""
+    key = ".".join(str(part) for part in where if isinstance(part, str)) or "the spec"
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        section = _SECTIONS.get(where[:-1], SaveSpec)
+        known = [name for name in section.model_fields if name != "rows"]
+        return f"unknown key `{key}`{did_you_mean(str(where[-1]), known)}"
+    if kind == "missing":
+        return f"`{key}` is missing"
+    if kind == "value_error":
+        message = str(error["ctx"]["error"])
+        return message if not where or message.startswith(f"{key}:") else f"{key}: {message}"
+    if kind == "literal_error":
+        return f"{key}: `{error['input']}` is not one of {error['ctx']['expected']}"
+    if kind in _EXPECTED:
+        return f"{key}: must be {_EXPECTED[kind]}, not {_kind(error['input'])} `{error['input']}`"
+    return f"{key}: {error['msg']}"
