@@ -1,0 +1,741 @@
+"""The Python front end, against plain forwards with plain PyTorch hooks."""
+
+import copy
+import io
+import operator
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import nn
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    BloomModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+)
+
+from actdump.errors import AddressError, TraceError, UsageError
+from actdump.plan import Budget
+from actdump.tracing import Saved, wrap
+
+PROMPT = "The Eiffel Tower is in the city of"
+WORDS = ["<unk>", "<pad>", *dict.fromkeys(PROMPT.split())]
+IDS = [2, 3, 4, 5, 6, 7, 8, 9]
+SEVERAL = [[5, 3], [7, 2, 9, 4, 6], [8], [4, 4, 3, 2]]
+SMALL = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32}
+
+
+def build(name):
+    torch.manual_seed(0)
+    model = {
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=3, n_head=4, n_positions=32)),
+        "llama": lambda: LlamaModel(LlamaConfig(**SMALL, num_hidden_layers=2)),
+        "bert": lambda: BertModel(BertConfig(**SMALL, num_hidden_layers=2)),
+        "bloom": lambda: BloomModel(BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=4)),
+        "albert": lambda: AlbertModel(AlbertConfig(**SMALL, embedding_size=8, num_hidden_layers=4)),
+    }[name]()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def modules():
+    return {name: build(name) for name in ("gpt2", "llama", "bert", "bloom", "albert")}
+
+
+@pytest.fixture
+def gpt2(modules):
+    return modules["gpt2"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<pad>")
+
+
+@pytest.fixture
+def model(gpt2, tokenizer):
+    return wrap(gpt2, tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def no_hook_is_left(modules):
+    before = {name: hooks_on(module) for name, module in modules.items()}
+    yield
+    assert {name: hooks_on(module) for name, module in modules.items()} == before
+
+
+def hooks_on(module):
+    return sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in module.modules())
+
+
+def oracle(module, path, ids):
+    """What a module is given and returns in each of its calls, in a plain forward of one prompt with a plain hook."""
+    return own_oracle(module, path, input_ids=torch.tensor([ids]))
+
+
+def own_oracle(module, path, *args, **kwargs):
+    calls = []
+    keep = module.get_submodule(path).register_forward_hook(
+        lambda _, args, kwargs, result: calls.append((args, kwargs, result)), with_kwargs=True
+    )
+    if isinstance(module, BertModel | AlbertModel | GPT2LMHeadModel | LlamaModel | BloomModel):
+        kwargs = {"use_cache": False, **kwargs} if isinstance(module, GPT2LMHeadModel | LlamaModel | BloomModel) else kwargs
+    module(*args, **kwargs)
+    keep.remove()
+    return calls
+
+
+def same(value, expected, exactly=True):
+    assert value.shape == expected.shape
+    torch.testing.assert_close(value, expected, rtol=0 if exactly else 1e-5, atol=0 if exactly else 1e-6)
+
+
+class Steps(nn.Module):
+    """Layer k adds k; `cell` runs once for each step, and adds 1."""
+
+    class Add(nn.Module):
+        def __init__(self, number):
+            super().__init__()
+            self.number = number
+            self.runs = 0
+
+        def forward(self, value):
+            self.runs += 1
+            return value + self.number
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([self.Add(number) for number in range(4)])
+        self.heads = nn.ModuleDict({"a": self.Add(10), "b": self.Add(20)})
+        self.cell = self.Add(1)
+        self.unused = self.Add(0)
+
+    def forward(self, value, steps=1, *, fail=False):
+        for layer in self.layers:
+            value = layer(value)
+        for _ in range(steps):
+            value = self.cell(value)
+        if fail:
+            raise ZeroDivisionError("the model's own")
+        return {"a": self.heads["a"](value), "both": (value, self.heads.b(value))} if hasattr(self.heads, "b") else value
+
+
+# ------------------------------------------------------------------------------------------------------- the page, as it is
+
+
+def test_the_reference_page_runs_literally(model, gpt2, capsys):
+    input, k = PROMPT, 1
+    names = {"model": wrap(gpt2, model.tokenizer)}
+    exec("with model.trace('The Eiffel Tower is in the city of') as tracer:\n"
+         "    hidden_states = model.transformer.h[-1].output[0].save()\nprint(hidden_states)", names)  # fmt: skip
+    printed = capsys.readouterr().out
+    expected = oracle(gpt2, "transformer.h.2", IDS)[0][2]
+    same(names["hidden_states"].value, expected)
+    assert printed.startswith("tensor([[[") and "grad_fn=<" in printed
+    with model.trace(input):
+        k_layer_output = model.transformer.h[k].output[0].save()
+    same(k_layer_output.value, oracle(gpt2, "transformer.h.1", IDS)[0][2])
+
+
+def test_ports_are_what_the_page_says(model, gpt2):
+    with model.trace(PROMPT):
+        attention = model.transformer.h[1].attn
+        inputs, first, outputs, output = (
+            attention.inputs.save(),
+            attention.input.save(),
+            attention.outputs.save(),
+            attention.output.save(),
+        )
+        bare, bare_outputs = model.transformer.h[1].output.save(), model.transformer.h[1].outputs.save()
+        piece, keyword = attention.inputs[0][0].save(), model.transformer.wte.inputs.save()
+    args, kwargs, result = oracle(gpt2, "transformer.h.1.attn", IDS)[0]
+    assert isinstance(inputs.value, tuple) and isinstance(inputs.value[0], tuple) and set(inputs.value[1]) == set(kwargs)
+    same(inputs.value[0][0], args[0])
+    same(first.value, args[0])
+    same(piece.value, args[0])
+    assert isinstance(outputs.value[0], tuple) and outputs.value[1] == {}
+    same(outputs[0][0], result[0])
+    same(output.value, result[0])
+    block = oracle(gpt2, "transformer.h.1", IDS)[0][2]
+    same(bare.value, block)
+    same(bare_outputs[0][0], block)
+    assert keyword.value[0][0].tolist() == [IDS]
+
+
+def test_input_is_the_first_keyword_where_there_is_no_positional_argument(modules):
+    model = wrap(modules["llama"])
+    with model.trace(IDS):
+        given = model.layers[0].self_attn.input.save()
+        inputs = model.layers[0].self_attn.inputs.save()
+    args, kwargs, _ = oracle(modules["llama"], "layers.0.self_attn", IDS)[0]
+    assert not args and not inputs[0]
+    same(given.value, kwargs["hidden_states"])
+    same(inputs[1]["hidden_states"], kwargs["hidden_states"])
+
+
+# ------------------------------------------------------------------------------------------------ addresses and references
+
+
+ITEMS = {
+    "[0]": lambda p: p[0],
+    "[0][:, -1]": lambda p: p[0][:, -1],
+    "[0][0, 2:5]": lambda p: p[0][0, 2:5],
+    "[0][..., ::3]": lambda p: p[0][..., ::3],
+    "[:, np]": lambda p: p[:, np.int64(2)],
+    "[...]": lambda p: p[...],
+}
+
+
+@pytest.mark.parametrize("items", ITEMS)
+@pytest.mark.parametrize("name", ["gpt2", "bloom"])  # a block that returns a bare tensor, and one that returns a tuple
+def test_items_index_the_value_of_the_prompt(modules, name, items):
+    module, path = modules[name], "transformer.h.1" if name == "gpt2" else "h.1"
+    model = wrap(module)
+    blocks = model.transformer.h if name == "gpt2" else model.h
+    with model.trace(IDS):
+        saved = ITEMS[items](blocks[-1 if name == "bloom" else 1].output).save()
+    with model.trace(SEVERAL):
+        each = ITEMS[items](blocks[1].output).save() if items not in ("[0][0, 2:5]", "[:, np]") else None
+
+    def expected(ids):
+        result = oracle(module, path, ids)[0][2]
+        return ITEMS[items]((result,) if items.startswith("[0]") and isinstance(result, torch.Tensor) else result
+                            if items.startswith("[0]") or isinstance(result, torch.Tensor) else result[0])  # fmt: skip
+
+    same(saved.value, expected(IDS))
+    for value, ids in zip(each or (), SEVERAL, strict=bool(each)):
+        same(value, expected(ids), exactly=False)
+
+
+def test_keys_and_attributes_pick_from_a_structure(model, gpt2):
+    with model.trace(PROMPT):
+        key, attribute, last = model.output["logits"].save(), model.output.logits.save(), model.output.logits[:, -1].save()
+    logits = gpt2(torch.tensor([IDS])).logits
+    same(key.value, logits)
+    same(attribute.value, logits)
+    same(last.value, logits[:, -1])
+
+
+def test_the_last_port_word_is_the_port(modules):
+    model = wrap(modules["bert"])
+    before = model.encoder.layer[0].output
+    assert repr(before) == repr(modules["bert"].encoder.layer[0].output)
+    with model.trace(IDS):
+        dense = model.encoder.layer[0].output.dense.output[0].save()
+        child = model.encoder.layer[0].output.output.save()
+        layer = model.encoder.layer[0].output.save()
+        again = before.dense.output.save()
+    same(dense.value, oracle(modules["bert"], "encoder.layer.0.output.dense", IDS)[0][2])
+    same(child.value, oracle(modules["bert"], "encoder.layer.0.output", IDS)[0][2])
+    same(layer.value, oracle(modules["bert"], "encoder.layer.0", IDS)[0][2])
+    assert again is dense or torch.equal(again.value, dense.value)
+
+
+def test_a_reference_is_its_module(model, gpt2):
+    assert repr(model.transformer.h[-1]) == str(model.transformer.h[-1]) == repr(gpt2.transformer.h[2])
+    assert repr(model) == repr(gpt2)
+    assert model.config is gpt2.config
+    assert model.device == gpt2.device
+    assert model.eval() is gpt2
+    assert model.transformer.wte.weight is gpt2.transformer.wte.weight
+    assert len(model.transformer.h) == 3 and bool(model.transformer.drop)
+    assert [repr(block) for block in model.transformer.h] == [repr(block) for block in gpt2.transformer.h]
+    assert hasattr(model, "transformer") and not hasattr(model, "transfromer")
+    assert {"trace", "transformer", "output", "config"} <= set(dir(model))
+    torch.testing.assert_close(model(torch.tensor([IDS])).logits, gpt2(torch.tensor([IDS])).logits)
+
+
+def test_references_made_before_the_block_work_inside_it(model, gpt2):
+    blocks = model.transformer.h
+    with model.trace(PROMPT):
+        every = [block.output[0].save() for block in blocks]
+        two = [block.output[0].save() for block in blocks[-2:]]
+    for number, saved in enumerate(every):
+        same(saved.value, oracle(gpt2, f"transformer.h.{number}", IDS)[0][2])
+    assert two[0] is every[1] and two[1] is every[2]  # the same place is the same value
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda model: model.transfromer, "transformer"),
+        (lambda model: model.h, "did you mean `transformer.h`"),
+        (lambda model: model.transformer.h[3], r"h\[2\].*3 entries"),
+        (lambda model: model.transformer.h[0].atn, "attn"),
+        (lambda model: model.transformer[0], "not a list"),
+    ],
+)
+def test_a_wrong_name_is_an_error_at_once(model, wrong, says):
+    with pytest.raises(AddressError, match=says):
+        wrong(model)
+    with pytest.raises(AddressError, match=says), model.trace(PROMPT):
+        wrong(model)
+
+
+def test_wrong_places_after_a_port(model, modules):
+    with pytest.raises(AddressError, match=r"no \[1\]"), model.trace(PROMPT):
+        model.transformer.h[0].output[1].save()
+    with pytest.raises(AddressError, match="cannot follow a tensor"), model.trace(PROMPT):
+        model.transformer.h[0].output[0].shape.save()
+    bert = wrap(modules["bert"])
+    with pytest.raises(AddressError, match="did you mean `dense`"), bert.trace(IDS):
+        bert.encoder.layer[0].output.dens.output.save()
+    with pytest.raises(AddressError, match="cannot stand in a module path"), model.trace(PROMPT):
+        model.transformer.h[0].output[:, 1].dense.output.save()
+    with pytest.raises(TraceError, match="cannot be indexed"), model.trace(PROMPT):
+        model.transformer.h[0].output[[0, 1]]
+
+
+# ----------------------------------------------------------------------------------------------- calls, order, early stop
+
+
+def test_call_picks_among_several(modules):
+    model = wrap(modules["albert"])
+    layer = model.encoder.albert_layer_groups[0].albert_layers[0]
+    calls = oracle(modules["albert"], "encoder.albert_layer_groups.0.albert_layers.0", IDS)
+    for _ in range(2):  # the second time, the calls are known
+        with model.trace(IDS):
+            last, first, third = layer.output.save(call=-1), layer.output.save(call=0), layer.input.save(call=2)
+        same(first.value, calls[0][2][0] if isinstance(calls[0][2], tuple) else calls[0][2])
+        same(last.value, calls[3][2][0] if isinstance(calls[3][2], tuple) else calls[3][2])
+        same(third.value, calls[2][0][0])
+    with model.trace([IDS, IDS[:3]]):
+        each = layer.output[0].save(call=1)
+    same(each[1], calls_of(modules["albert"], IDS[:3])[1], exactly=False)
+    with pytest.raises(AddressError, match="runs 4 times"), model.trace(IDS):
+        layer.output.save()
+    with pytest.raises(AddressError, match="no call 4"), model.trace(IDS):
+        layer.output.save(call=4)
+
+
+def calls_of(module, ids):
+    calls = oracle(module, "encoder.albert_layer_groups.0.albert_layers.0", ids)
+    return [result[0] if isinstance(result, tuple) else result for *_, result in calls]
+
+
+def test_saves_may_stand_in_any_order_and_later_traces_stop_early(model, gpt2):
+    runs = []
+    watch = gpt2.transformer.ln_f.register_forward_hook(lambda *_: runs.append(1))
+    try:
+        for _ in range(3):
+            with model.trace(PROMPT):
+                late, early = model.transformer.h[1].output.save(), model.transformer.wte.output.save()
+    finally:
+        watch.remove()
+    assert len(runs) == 1  # the first trace counts the calls, the others end at the last saved module
+    same(late.value, oracle(gpt2, "transformer.h.1", IDS)[0][2])
+    same(early.value, oracle(gpt2, "transformer.wte", IDS)[0][2])
+
+
+def test_a_number_of_calls_that_depends_on_the_input_is_counted_again():
+    model = wrap(Steps())
+    for steps in (3, 1, 5, 3, 1):
+        with model.trace(torch.zeros(2), steps):
+            last = model.cell.output.save(call=-1)
+        assert last.tolist() == [6 + steps] * 2
+    with pytest.raises(AddressError, match="never ran"), model.trace(torch.zeros(2)):
+        model.unused.output.save()
+
+
+class Sometimes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Identity()
+
+    def forward(self, value):
+        return self.inner(value) if value.sum() > 0 else value
+
+
+def test_a_module_that_does_not_run_this_time_is_named():
+    model = wrap(Sometimes())
+    with model.trace(torch.ones(2)):
+        kept = model.inner.output.save()
+    assert kept.tolist() == [1, 1]
+    with pytest.raises(AddressError, match=r"`inner` .* never ran"), model.trace(-torch.ones(2)):
+        model.inner.output.save()
+
+
+# --------------------------------------------------------------------------------------------------------- what is given
+
+
+def test_one_prompt_in_every_form(model, gpt2):
+    expected = oracle(gpt2, "transformer.h.2", IDS)[0][2]
+    for prompt in (PROMPT, IDS, torch.tensor(IDS)):
+        with model.trace(prompt):
+            saved = model.transformer.h[-1].output[0].save()
+        same(saved.value, expected)
+
+
+def test_the_models_own_arguments_run_as_they_are(model, gpt2, tokenizer):
+    encoded = tokenizer([PROMPT, "The city"], return_tensors="pt", padding=True)
+    encoded.pop("token_type_ids", None)
+    expected = own_oracle(gpt2, "transformer.h.2", **encoded)[0][2]
+    for run in (lambda: model.trace(**encoded), lambda: model.trace(encoded), lambda: model.trace(dict(encoded))):
+        with run():
+            saved = model.transformer.h[-1].output[0].save()
+        same(saved.value, expected)
+    ids = torch.tensor([IDS, IDS])
+    with model.trace(ids):
+        batch = model.transformer.h[-1].output[0].save()
+    same(batch.value, own_oracle(gpt2, "transformer.h.2", input_ids=ids)[0][2])
+
+
+def test_any_module_takes_positional_arguments():
+    steps = Steps()
+    model = wrap(steps)
+    with model.trace(torch.zeros(3)):
+        second, chosen, both = model.layers[2].output.save(), model.heads["a"].input.save(), model.output["both"][1].save()
+    assert second.tolist() == [3] * 3 and chosen.tolist() == [7] * 3 and both.tolist() == [27] * 3
+    runs = steps.cell.runs
+    with model.trace(torch.zeros(3)):
+        model.layers[2].output.save()
+    assert steps.cell.runs == runs
+    with pytest.raises(UsageError, match="no tokenizer"):
+        model.trace("text")
+    with model.trace([1, 2]):  # the module takes no token ids, so this is its argument
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("", "the prompt is empty"),
+        ([], "empty"),
+        (["a", ""], "prompt 1 is empty"),
+        ([[1], []], "prompt 1 is empty"),
+        (torch.tensor([], dtype=torch.long), "empty"),
+        ([1.5], "prompt 0 is neither"),
+        ([["a", "b"]], "prompt 0 is neither"),
+        ([[1], [None]], "prompt 1 is neither"),
+    ],
+)
+def test_an_input_that_is_none(model, given, says):
+    with pytest.raises(UsageError, match=says):
+        model.trace(given)
+
+
+def test_inputs_that_do_not_fit(model, gpt2):
+    with pytest.raises(UsageError, match="needs an input"):
+        model.trace()
+    with pytest.raises(UsageError, match="stand alone"):
+        model.trace(PROMPT, output_attentions=True)
+    for given in (PROMPT, [PROMPT]):
+        with pytest.raises(UsageError, match="no tokenizer"):
+            wrap(gpt2).trace(given)
+
+
+# ---------------------------------------------------------------------------------------------------------- many prompts
+
+
+PLACES = {
+    "gpt2": {
+        "transformer.h.1": lambda m: m.transformer.h[1].output[0],
+        "transformer.h.1.attn": lambda m: m.transformer.h[1].attn.output,
+        "transformer.wpe": lambda m: m.transformer.wpe.output,
+        "transformer.h.2.mlp": lambda m: m.transformer.h[-1].mlp.output,
+    },
+    "llama": {"layers.1": lambda m: m.layers[-1].output, "norm": lambda m: m.norm.output},
+    "bert": {
+        "pooler": lambda m: m.pooler.output,
+        "encoder.layer.0.output.dense": lambda m: m.encoder.layer[0].output.dense.output[0],
+    },
+    "bloom": {"h.1": lambda m: m.h[1].output[0], "h.0.self_attention": lambda m: m.h[0].self_attention.output[0]},
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_several_prompts_each_as_if_alone(modules, name):
+    model = wrap(modules[name])
+    for _ in range(2):
+        with model.trace(SEVERAL):
+            saved = {path: place(model).save() for path, place in PLACES[name].items()}
+        for path, values in saved.items():
+            assert isinstance(values.value, list) and len(values) == len(SEVERAL)
+            for ids, value in zip(SEVERAL, values, strict=True):
+                result = oracle(modules[name], path, ids)[0][2]
+                same(value, result[0] if isinstance(result, tuple) else result, exactly=False)
+                with model.trace(ids):
+                    alone = PLACES[name][path](model).save()
+                assert alone.shape == value.shape and (alone.grad_fn is None) == (value.grad_fn is None)
+
+
+def test_several_prompts_are_probed_once_and_cut_into_batches(model, gpt2, monkeypatch):
+    monkeypatch.setattr("actdump.tracing.BUDGET", Budget(tokens=8))
+    shapes = []
+    watch = gpt2.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        counts = []
+        for _ in range(2):
+            shapes.clear()
+            with model.trace([PROMPT, "The city", "Tower", "is in the"]):
+                saved = model.transformer.h[0].output.save()
+            counts.append(len(shapes))
+    finally:
+        watch.remove()
+    assert counts[0] > counts[1] and shapes == [(1, 8), (2, 3), (1, 1)]
+    assert [tuple(value.shape) for value in saved] == [(1, 8, 16), (1, 2, 16), (1, 1, 16), (1, 3, 16)]
+    same(saved[1], oracle(gpt2, "transformer.h.0", [2, 8])[0][2], exactly=False)
+
+
+def test_several_prompts_own_their_memory(model):
+    with model.trace(SEVERAL):
+        saved = model.transformer.h[0].output.save()
+    assert all(value.untyped_storage().nbytes() == value.nbytes for value in saved)
+    saved[0].mul_(0)
+
+
+# switching oneDNN off warns about Intel GPUs; with it on, bfloat16 ends in an illegal instruction on some virtual CPUs
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")
+def test_a_probe_holds_for_one_dtype(modules):
+    module = copy.deepcopy(modules["gpt2"])
+    model = wrap(module)
+    for dtype in (torch.float32, torch.float64):
+        module.to(dtype)
+        with model.trace(SEVERAL):
+            saved = model.transformer.h[0].output.save()
+        assert saved[0].dtype == dtype
+    module.float()
+    with torch.backends.mkldnn.flags(enabled=False), torch.autocast("cpu", torch.bfloat16), model.trace(SEVERAL):
+        embedded = model.transformer.h[0].mlp.c_proj.output.save()
+    assert embedded[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("port", ["inputs", "outputs"])
+def test_several_prompts_share_no_structure(model, port):
+    with pytest.raises(TraceError, match="name one tensor"), model.trace(SEVERAL):
+        getattr(model.transformer.h[0], port).save()
+    with model.trace([PROMPT]):
+        one = getattr(model.transformer.h[0], port)[0][0].save()
+    assert one[0].shape == (1, 8, 16)
+
+
+# ------------------------------------------------------------------------------------------------------------ saved values
+
+
+def test_the_ambient_grad_mode_is_kept(model, gpt2):
+    for prompts in (PROMPT, [PROMPT, "The"]):
+        with model.trace(prompts):
+            saved = model.transformer.h[-1].output.save()
+        value = saved[0] if isinstance(prompts, list) else saved.value
+        gpt2.zero_grad()
+        value.pow(2).sum().backward()
+        got = gpt2.transformer.h[0].mlp.c_fc.weight.grad.clone()
+        gpt2.zero_grad()
+        oracle(gpt2, "transformer.h.2", IDS)[0][2].pow(2).sum().backward()
+        torch.testing.assert_close(got, gpt2.transformer.h[0].mlp.c_fc.weight.grad)
+        gpt2.zero_grad()
+        with torch.no_grad(), model.trace(prompts):
+            saved = model.transformer.h[-1].output.save()
+        value = saved[0] if isinstance(prompts, list) else saved.value
+        assert value.grad_fn is None and not value.requires_grad
+
+
+def test_values_are_copies():
+    steps = Steps()
+    steps.layers[1].forward = lambda value: value.add_(1)
+    model = wrap(steps)
+    with model.trace(torch.zeros(2)):
+        before = model.layers[0].output.save()
+    assert before.tolist() == [0, 0]
+
+
+@pytest.fixture
+def saved(model):
+    with torch.no_grad(), model.trace(PROMPT):
+        last = model.transformer.h[-1]
+        return last.output[0].save()
+
+
+def test_a_saved_value_stands_in_for_its_tensor(saved):
+    value = saved.value
+    assert isinstance(saved, Saved) and saved.shape == (1, 8, 16) and saved.dtype == torch.float32
+    assert torch.equal(saved[0], value[0]) and torch.equal(saved[saved > 0], value[value > 0])
+    assert torch.equal(torch.linalg.norm(saved), torch.linalg.norm(value))
+    assert torch.equal(torch.cat([saved, value, saved]), torch.cat([value] * 3))
+    assert torch.equal(torch.add(saved, other=saved), value + value)
+    assert torch.equal(nn.functional.layer_norm(saved, (16,)), nn.functional.layer_norm(value, (16,)))
+    assert len(saved) == 1 and torch.equal(next(iter(saved)), value[0]) and torch.equal(-saved, -value)
+    assert torch.equal(saved.mean(-1), value.mean(-1)) and torch.equal(abs(saved), abs(value))
+    assert str(saved) == str(value) and repr(saved) == repr(value) and f"{saved}" == f"{value}"
+    np.testing.assert_array_equal(np.asarray(saved), value.numpy())
+    np.testing.assert_array_equal(np.array(saved, dtype=np.float64), value.double().numpy())
+    assert torch.equal(np.float32(2) * saved, value * 2)
+    assert {saved: 1}[saved] == 1
+    saved[0, 0] = 0
+    assert not saved.value[0, 0].any()
+
+
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lt", "le", "eq", "ne", "ge", "gt"])
+def test_operators_both_ways(saved, name):
+    operation, value = getattr(operator, name), saved.value
+    for one, other in ((saved, 2.0), (2.0, saved), (saved, value), (value, saved), (saved, saved)):
+        plain = [each.value if isinstance(each, Saved) else each for each in (one, other)]
+        torch.testing.assert_close(operation(one, other), operation(*plain), equal_nan=True)
+
+
+def test_numbers_and_matrices(model, saved):
+    assert torch.equal(saved @ saved.mT, saved.value @ saved.value.mT) and torch.equal(saved.value @ saved.mT, saved @ saved.mT)
+    with torch.no_grad(), model.trace(PROMPT):
+        one, ids = model.output.logits[0, 0, 0].save(), model.transformer.wte.input[0, 1].save()
+    assert float(one) == one.item() and bool(one) and f"{one:.3f}" == f"{one.item():.3f}"
+    assert int(ids) == 3 and list(range(9))[ids] == 3 and ids ^ 1 == 2
+
+
+def test_a_saved_value_pickles_and_copies_as_its_tensor(saved):
+    assert torch.equal(pickle.loads(pickle.dumps(saved)), saved.value)
+    assert type(copy.deepcopy(saved)) is torch.Tensor
+    file = io.BytesIO()
+    torch.save({"hidden": saved}, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file)["hidden"], saved.value)
+
+
+USES = {
+    "value": lambda x: x.value,
+    "attribute": lambda x: x.shape,
+    "index": lambda x: x[0],
+    "add": lambda x: x + 1,
+    "radd": lambda x: 1 + x,
+    "tensor first": lambda x: torch.ones(1) + x,
+    "compare": lambda x: x == 1,
+    "negate": operator.neg,
+    "norm": torch.linalg.norm,
+    "cat": lambda x: torch.cat([torch.ones(1), x]),
+    "len": len,
+    "iter": iter,
+    "float": float,
+    "bool": bool,
+    "str": str,
+    "format": lambda x: f"{x}",
+    "numpy": np.asarray,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_saved_value_is_not_there_before_the_block_ends(model, use):
+    with model.trace(PROMPT):
+        hidden = model.transformer.h[-1].output[0].save()
+        assert repr(hidden) == "<transformer.h[2].output[0], no value yet>"
+        with pytest.raises(TraceError, match=r"transformer\.h\[2\]\.output\[0\]` has no value yet.*after the block"):
+            USES[use](hidden)
+    USES[use](hidden) if use not in ("float", "bool", "cat", "numpy") else None
+
+
+@pytest.mark.parametrize("use", USES)
+def test_what_was_not_saved_is_gone(model, use):
+    with model.trace(PROMPT):
+        lost = model.transformer.h[-1].output[0]
+        kept = model.transformer.h[-1].output[0].save()
+    assert kept.shape == (1, 8, 16) and "not saved" in repr(lost)
+    with pytest.raises(TraceError, match=r"was not saved.*gone"):
+        USES[use](lost)
+    with pytest.raises(TraceError, match="was not saved"), model.trace(PROMPT):
+        lost.save()
+
+
+@pytest.mark.parametrize("use", sorted(set(USES) - {"value", "attribute", "index"}))
+def test_nothing_is_computed_inside_the_block(model, use):
+    with pytest.raises(TraceError, match=r"out of scope.*save.*after the block"), model.trace(PROMPT):
+        USES[use](model.transformer.h[-1].output[0])
+
+
+def assign_entry(model):
+    model.transformer.h[0].output[0] = 1
+
+
+def assign_slice(model):
+    model.transformer.h[0].output[0][:] = 0
+
+
+def assign_port(model):
+    model.transformer.h[0].output = torch.zeros(1)
+
+
+def assign_attribute(model):
+    model.transformer.h[0].output.logits = 1
+
+
+def assign_module(model):
+    model.transformer.h[0] = nn.Identity()
+
+
+def add_in_place(model):
+    model.transformer.h[0].output[0] += 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        assign_entry, assign_slice, assign_port, assign_attribute, assign_module, add_in_place,
+        lambda model: model.transformer.h[0].output[0].mean(), lambda model: model.lm_head(torch.zeros(16)),
+    ],
+)  # fmt: skip
+def test_nothing_is_changed_inside_the_block(model, change):
+    with pytest.raises(TraceError, match=r"out of scope.*save.*after the block"), model.trace(PROMPT):
+        change(model)
+
+
+# ------------------------------------------------------------------------------------------------------------- the block
+
+
+def test_ports_need_a_block(model):
+    for port in ("output", "outputs", "input", "inputs"):
+        with pytest.raises(TraceError, match=r"with model\.trace\("):
+            getattr(model.transformer.h[0], port)
+
+
+def test_a_body_that_raises_runs_nothing(model, gpt2):
+    runs = []
+    watch = gpt2.register_forward_pre_hook(lambda *_: runs.append(1))
+    try:
+        with pytest.raises(KeyError, match="mine"), model.trace(PROMPT):
+            hidden = model.transformer.h[0].output.save()
+            raise KeyError("mine")
+        with model.trace(PROMPT) as tracer:
+            model.transformer.h[0].output  # noqa: B018
+    finally:
+        watch.remove()
+    assert not runs and tracer.over
+    with pytest.raises(TraceError, match="raised an exception"):
+        hidden.value  # noqa: B018
+    with model.trace(PROMPT):
+        hidden = model.transformer.h[0].output.save()
+    assert hidden.shape == (1, 8, 16)
+
+
+def test_a_model_that_raises_leaves_no_hooks():
+    steps = Steps()
+    model = wrap(steps)
+    with pytest.raises(ZeroDivisionError, match="own"), model.trace(torch.zeros(1), fail=True):
+        hidden = model.layers[0].output.save()
+    assert hooks_on(steps) == 0
+    with pytest.raises(TraceError, match="raised"):
+        len(hidden)
+
+
+def test_blocks_do_not_nest(model, modules):
+    other = wrap(modules["llama"])
+    with model.trace(PROMPT):
+        with pytest.raises(TraceError, match="already"), model.trace(PROMPT):
+            pass
+        with other.trace(IDS):
+            inner = other.norm.output.save()
+        assert inner.shape == (1, 8, 16)
+        hidden = model.transformer.h[0].output.save()
+    assert hidden.shape == (1, 8, 16)
