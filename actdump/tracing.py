@@ -31,6 +31,7 @@ from actdump.address import (
     Tap,
     Tree,
     expand,
+    module_at,
     path_text,
     written,
 )
@@ -140,14 +141,12 @@ class Reference:
         return self._child(Child(key) if isinstance(key, str) else Nth(operator.index(key)))
 
     def _child(self, step: Step) -> "Reference":
-        traced, steps, module = self._actdump
+        traced, steps, _ = self._actdump
         try:
             (found,) = expand(Address((*steps, step), "output"), cast(Tree, traced.module))
         except AddressError as error:
             raise _NoChildError(str(error)) from None
-        taken = found.module[-1]
-        name = taken.name if isinstance(taken, Child) else str(cast(Nth, taken).number)
-        return Reference(traced, found.module, dict(module.named_children())[name])
+        return Reference(traced, found.module, module_at(found, cast(Tree, traced.module)))
 
     def __len__(self) -> int:
         return len(cast(nn.ModuleList, self._actdump[2]))
@@ -201,7 +200,8 @@ class Model(Reference):
 
         The gradient mode in force at the end of the block decides whether saved values have a `grad_fn`. The first trace of
         an address runs the model to its end, to count the calls of its module; later ones (for the model's own arguments:
-        with the same shapes) stop after the last saved module. The first trace of an address with several prompts probes it.
+        with the same shapes and numbers) stop after the last saved module. The first trace of an address with several prompts
+        probes it with tiny forwards.
 
         Raises:
             UsageError: an empty prompt, no input, or a string without a tokenizer.
@@ -505,7 +505,12 @@ def _probed(traced: _Traced, taps: Sequence[Tap]) -> tuple[list[Site], Feed]:
     new = [tap for tap in taps if (tap, kind) not in traced.probed]
     if new:
         found = probe(traced.module, bind(traced.module, new), feed)
-        traced.probed.update({(tap, kind): (site, found.feed.masked) for tap, site in zip(new, found.sites, strict=True)})
+        try:
+            bound = found.sites
+        except AddressError as error:
+            hint = "\nThe model is in training mode, in which dropout changes values: call `model.eval()` first"
+            raise AddressError(f"{error}{hint * traced.module.training}") from None
+        traced.probed.update({(tap, kind): (site, found.feed.masked) for tap, site in zip(new, bound, strict=True)})
     sites, masked = zip(*(traced.probed[tap, kind] for tap in taps), strict=True)
     return list(sites), replace(feed, masked=any(masked))
 

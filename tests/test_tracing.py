@@ -137,18 +137,28 @@ class Steps(nn.Module):
 # ------------------------------------------------------------------------------------------------------- the page, as it is
 
 
-def test_the_reference_page_runs_literally(model, gpt2, capsys):
-    input, k = PROMPT, 1
-    names = {"model": wrap(gpt2, model.tokenizer)}
-    exec("with model.trace('The Eiffel Tower is in the city of') as tracer:\n"
-         "    hidden_states = model.transformer.h[-1].output[0].save()\nprint(hidden_states)", names)  # fmt: skip
+CAPTURING = """
+# capturing interventions
+with model.trace(input): # enter the tracing context
+    k_layer_output = model.layer[k].output[0].save() # access the output of layer[k] and save for later use
+"""
+GETTING = """
+with model.trace("The Eiffel Tower is in the city of") as tracer:
+    hidden_states = model.transformer.h[-1].output[0].save()
+print(hidden_states)
+"""
+
+
+def test_the_code_of_the_reference_page_runs_as_it_stands(model, gpt2, modules, capsys):
+    page = {"model": model}
+    exec(GETTING, page)
     printed = capsys.readouterr().out
-    expected = oracle(gpt2, "transformer.h.2", IDS)[0][2]
-    same(names["hidden_states"].value, expected)
     assert printed.startswith("tensor([[[") and "grad_fn=<" in printed
-    with model.trace(input):
-        k_layer_output = model.transformer.h[k].output[0].save()
-    same(k_layer_output.value, oracle(gpt2, "transformer.h.1", IDS)[0][2])
+    same(page["hidden_states"].value, oracle(gpt2, "transformer.h.2", IDS)[0][2])
+    encoder = modules["bert"].encoder
+    page = {"model": wrap(encoder), "input": torch.randn(1, 5, 16), "k": 1}
+    exec(CAPTURING, page)
+    same(page["k_layer_output"].value, own_oracle(encoder, "layer.1", page["input"])[0][2])
 
 
 def test_ports_are_what_the_page_says(model, gpt2):
@@ -514,6 +524,16 @@ def test_a_probe_holds_for_one_dtype(modules):
     with torch.backends.mkldnn.flags(enabled=False), torch.autocast("cpu", torch.bfloat16), model.trace(SEVERAL):
         embedded = model.transformer.h[0].mlp.c_proj.output.save()
     assert embedded[0].dtype == torch.bfloat16
+
+
+def test_dropout_is_the_likely_reason_why_several_prompts_cannot_be_cut_apart(modules):
+    model = wrap(copy.deepcopy(modules["gpt2"]).train())
+    with pytest.raises(AddressError, match=r"model\.eval\(\)"), model.trace(SEVERAL):
+        model.transformer.h[0].output.save()
+    model.eval()
+    with pytest.raises(AddressError, match="it is None") as caught, model.trace(SEVERAL):
+        model.transformer.h[0].attn.output[1].save()
+    assert "eval" not in str(caught.value)
 
 
 @pytest.mark.parametrize("port", ["inputs", "outputs"])
