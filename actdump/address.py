@@ -163,7 +163,9 @@ def parse(text: str) -> Address:
     ports = [place for place, (kind, token, _) in enumerate(tokens) if kind == "name" and token in PORTS]
     if not ports:
         remedy = f"`{text.strip().rstrip('.')}.output`" if tokens else "`transformer.h[-1].output[0]`"
-        raise AddressError(f"`{text}` names no port: an address goes on with .output, .input, .outputs or .inputs, as in {remedy}")
+        raise AddressError(
+            f"`{text}` names no port: an address goes on with .output, .input, .outputs or .inputs, as in {remedy}"
+        )
     place = ports[-1]
     module = tuple(_step(text, *token) for token in tokens[:place])
     items = tuple(_item(text, *token) for token in tokens[place + 1 :])
@@ -239,7 +241,9 @@ def _entry(text: str, entry: str, position: int) -> int | Slice | EllipsisType:
     if found := _SLICE.fullmatch(entry):
         return _slice(text, found, position)
     raise _error(
-        text, position, "brackets after the port hold a number, a quoted key ['logits'], or a tensor index such as [:, -1] or [..., 2:5]"
+        text,
+        position,
+        "brackets after the port hold a number, a quoted key ['logits'], or a tensor index such as [:, -1] or [..., 2:5]",
     )
 
 
@@ -263,7 +267,7 @@ def expand(address: Address, root: Tree) -> list[Address]:
     """
     places: list[tuple[tuple[Step, ...], Tree]] = [((), root)]
     for step in address.module:
-        places = [(path + (taken,), child) for path, tree in places for taken, child in _follow(step, path, tree)]
+        places = [((*path, taken), child) for path, tree in places for taken, child in _follow(step, path, tree)]
     if not places:
         raise AddressError(f"`{address}` matches no module: `{address.path}` picks nothing")
     return [replace(address, module=path) for path, _ in places]
@@ -350,7 +354,9 @@ def parse_selection(value: object) -> Selection:
             return _slice(value, found, 0)
     if isinstance(value, list) and value and all(type(entry) is int for entry in value):
         return tuple(value)
-    raise AddressError(f"`{value}` does not select tokens; use all, first, last, mean, a list of positions such as [0, -1], or a slice such as \"2:5\"")
+    raise AddressError(
+        f'`{value}` does not select tokens; use all, first, last, mean, a list of positions such as [0, -1], or a slice such as "2:5"'
+    )
 
 
 @dataclass(frozen=True)

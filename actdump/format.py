@@ -219,7 +219,9 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
 
 
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
-    shards = [{key: value for key, value in asdict(shard).items() if key not in ("digest", "written")} for shard in manifest.shards]
+    shards = [
+        {key: value for key, value in asdict(shard).items() if key not in ("digest", "written")} for shard in manifest.shards
+    ]
     return {
         "format": VERSION,
         "digest": manifest.digest,
@@ -262,7 +264,9 @@ def _dim(value: int | str) -> int | Slice:
 
 def _check_version(value: Mapping[str, Any]) -> None:
     if value.get("format") != VERSION:
-        raise DataError(f"this is format {value.get('format')}; this actdump reads format {VERSION}, so use the version that wrote it")
+        raise DataError(
+            f"this is format {value.get('format')}; this actdump reads format {VERSION}, so use the version that wrote it"
+        )
 
 
 def _fields(kind: type[T], value: Mapping[str, Any]) -> T:

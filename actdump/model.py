@@ -1,7 +1,9 @@
 """Models and tokenizers: the only importer of transformers."""
 
 import logging
+import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,6 +125,8 @@ def load(source: Source) -> nn.Module:
     """
     spec = source.spec
     device = pick_device(spec.device)
+    if device.type == "cpu":
+        _avoid_faulty_amx()
     if spec.config is not None:
         torch.manual_seed(spec.seed)
         model = _random(source)
@@ -184,6 +188,27 @@ def pick_device(name: str) -> torch.device:
     if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
         raise UsageError(f"model.device: there is no {device.type} device here; use `device: auto`")
     return device
+
+
+def _avoid_faulty_amx() -> None:
+    """Keep oneDNN from AMX where the CPU says that it has it and faults on it, as some virtual machines do.
+
+    Shown by one small product in a child process. oneDNN reads the variable at its first use:
+    https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html
+    """
+    info = Path("/proc/cpuinfo")
+    if "ONEDNN_MAX_CPU_ISA" in os.environ or not info.exists() or "amx_bf16" not in info.read_text():
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads: the child computes and ends
+        child = os.fork()
+    if child == 0:
+        ones = torch.ones(32, 64, dtype=torch.bfloat16)
+        nn.functional.linear(ones, ones)
+        os._exit(0)
+    if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
+        log.warning("this CPU faults on its own AMX instructions; going on without them (ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16)")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,31 +160,49 @@ class Plan:
         return sum(part.bytes for part in self.parts)
 
 
-def make(
-    facts: Mapping[str, Any],
-    columns: Sequence[Column],
-    lengths: Sequence[int],
-    *,
-    shard_bytes: int,
-    shard_tokens: int,
-    budget: Budget,
-) -> Plan:
+class Cutter:
+    """Cuts prompts into parts as their lengths become known: consecutive prompts, up to a number of bytes and of tokens.
+
+    A prompt that alone passes a limit has a part of its own.
+    """
+
+    def __init__(self, columns: Sequence[Column], *, most_bytes: int, most_tokens: int) -> None:
+        self._columns = columns
+        self._most = most_bytes, most_tokens
+        self._cost: dict[int, int] = {}
+        self._open = Part(0, 0, 0, 0, 0)
+        self._parts: list[Part] = []
+
+    def add(self, length: int) -> int:
+        """Take the next prompt, of that many tokens; the number of its part."""
+        if length not in self._cost:
+            self._cost[length] = prompt_bytes(self._columns, length)
+        part, cost = self._open, self._cost[length]
+        if part.prompts and (part.bytes + cost > self._most[0] or part.tokens + length > self._most[1]):
+            self._parts.append(part)
+            part = Part(part.number + 1, part.first + part.prompts, 0, 0, 0)
+        self._open = Part(part.number, part.first, part.prompts + 1, part.tokens + length, part.bytes + cost)
+        return part.number
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All parts so far."""
+        return (*self._parts, self._open) if self._open.prompts else tuple(self._parts)
+
+
+def make(facts: Mapping[str, Any], columns: Sequence[Column], parts: Sequence[Part], budget: Budget) -> Plan:
     """Make the plan.
 
     Args:
         facts: JSON-able; whatever else decides the bytes (spec, hashes of the inputs, hash of the tokens).
-        lengths: the number of tokens of each prompt, in prompt order.
-        shard_bytes: the size that a shard must not pass, unless one prompt alone does.
-        shard_tokens: the number of tokens that a part must not pass, unless one prompt alone does.
     """
-    parts = tuple(_parts(columns, lengths, shard_bytes, shard_tokens))
     decided = {
         "facts": facts,
         "columns": [_plain(column) for column in columns],
         "parts": [[part.first, part.prompts] for part in parts],
         "budget": [budget.tokens, budget.prompts],
     }
-    return Plan(digest(decided), facts, tuple(columns), parts, budget)
+    return Plan(digest(decided), facts, tuple(columns), tuple(parts), budget)
 
 
 def digest(value: object) -> str:
@@ -195,21 +213,6 @@ def digest(value: object) -> str:
 def _plain(column: Column) -> list[object]:
     layout = column.layout
     return [column.name, column.resolved, column.tokens, column.call, [str(dim) for dim in layout.dims], layout.dtype]
-
-
-def _parts(columns: Sequence[Column], lengths: Sequence[int], most_bytes: int, most_tokens: int) -> Iterator[Part]:
-    cost: dict[int, int] = {}
-    number = first = tokens = size = 0
-    for place, length in enumerate(lengths):
-        if length not in cost:
-            cost[length] = prompt_bytes(columns, length)
-        if place > first and (size + cost[length] > most_bytes or tokens + length > most_tokens):
-            yield Part(number, first, place - first, tokens, size)
-            number, first, tokens, size = number + 1, place, 0, 0
-        tokens += length
-        size += cost[length]
-    if len(lengths) > first:
-        yield Part(number, first, len(lengths) - first, tokens, size)
 
 
 def prompt_bytes(columns: Sequence[Column], length: int) -> int:

@@ -493,3 +493,16 @@ def _said(error: Any, where: Where, data: Any) -> str:
     if kind in _EXPECTED:
         return f"{key}: must be {_EXPECTED[kind]}, not {_kind(error['input'])} `{error['input']}`"
     return f"{key}: {error['msg']}"
+
+
+def model_spec(name: str, options: Mapping[str, Any]) -> ModelSpec:
+    """The `model` part of a spec, from Python.
+
+    Raises:
+        UsageError: an option is unknown or wrong.
+    """
+    try:
+        return ModelSpec.model_validate({"name": name, **options})
+    except ValidationError as error:
+        said = (_said(each, ("model", *each["loc"]), {}) for each in error.errors())
+        raise UsageError("\n".join(said)) from None

@@ -520,3 +520,20 @@ def _arithmetic(module: nn.Module, feed: Feed) -> tuple[object, ...]:
     device = feed.device.type
     auto = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), None), auto, module.training
+
+
+def load(name: str, **options: Any) -> Model:
+    """A model of the hub or a local folder, with its tokenizer, ready for `trace`.
+
+    Args:
+        options: the keys of the spec's `model`: `revision`, `task`, `dtype`, `device`, `attn_implementation`, `gguf_file`, …
+
+    Raises:
+        MissingError: there is no such model.
+        UsageError: an option is wrong, or the model cannot be loaded that way.
+    """
+    from actdump import model
+    from actdump.spec import TokenizerSpec, model_spec
+
+    source = model.find(model_spec(name, options))
+    return Model(model.load(source), model.load_tokenizer(TokenizerSpec(), source))

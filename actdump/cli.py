@@ -1,0 +1,218 @@
+"""The command line: a thin skin over the library, and the only place that knows exit codes.
+
+Nothing here imports torch before a command needs it, so that `--help`, a spec with mistakes and an up-to-date dump answer at once.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from actdump.errors import ActdumpError, DataError, UsageError
+
+if TYPE_CHECKING:
+    from actdump.spec import Spec
+
+app = typer.Typer(
+    name="actdump",
+    help="Dump the internal activations of neural networks: correct, fast, resumable, described.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML spec.", show_default=False)]
+Folder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a finished dump.", show_default=False)]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: model.dtype=float32.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N prompts only.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write, instead of the spec's.", show_default=False)]
+
+
+@contextmanager
+def _quitting() -> Iterator[None]:
+    """Turn errors into messages and exit codes."""
+    try:
+        yield
+    except ActdumpError as error:
+        _quit(str(error), error.code)
+    except KeyboardInterrupt:
+        _quit("interrupted; the same command goes on", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+
+
+def _quit(message: str, code: int) -> NoReturn:
+    from actdump import console
+
+    for line in message.splitlines():
+        console.error(line)
+    raise typer.Exit(code)
+
+
+def _load(path: Path, sets: list[str] | None, limit: int | None) -> "Spec":
+    from actdump import spec
+
+    return spec.load(path, [*(sets or []), *([f"prompts.limit={limit}"] if limit is not None else [])])
+
+
+def _root(spec: "Spec", output: Path | None) -> Path:
+    if output is None and spec.output is None:
+        raise UsageError("`output` is missing: name the folder to write in the spec, or with -o")
+    return output or Path(str(spec.output)).expanduser()
+
+
+@app.command()
+def run(
+    spec: SpecFile,
+    output: Output = None,
+    sets: Sets = None,
+    limit: Limit = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, show what would be done, write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another dump in the folder.")] = False,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors and the result.")] = False,
+) -> None:
+    """Run the model over the prompts and write the dump; prints the path of its manifest."""
+    with _quitting():
+        loaded = _load(spec, sets, limit)
+        root = _root(loaded, output)
+        if dry_run:
+            _show_forecast(loaded, root, as_json, quiet)
+            return
+        _run(loaded, root, overwrite, as_json, quiet)
+
+
+def _run(spec: "Spec", root: Path, overwrite: bool, as_json: bool, quiet: bool) -> None:
+    from actdump import console, job
+    from actdump.worker import StopSignals
+
+    console.start_logging(quiet)
+    with StopSignals() as signals:
+        if quiet:
+            outcome = job.run(spec, root, overwrite=overwrite, stopping=lambda: signals.asked)
+        else:
+            with console.Bar() as bar:
+                outcome = job.run(spec, root, overwrite=overwrite, watcher=bar, stopping=lambda: signals.asked)
+    manifest = outcome.manifest
+    if not quiet:
+        console.err.print(f"{root}: {outcome.state}: {manifest.prompts:,} prompts, {manifest.tokens:,} tokens, "
+                          f"{console.size(manifest.bytes)}, {outcome.seconds:.1f} s")  # fmt: skip
+    result = {"state": outcome.state, "manifest": str(outcome.path), "digest": manifest.digest, "prompts": manifest.prompts,
+              "tokens": manifest.tokens, "bytes": manifest.bytes, "seconds": round(outcome.seconds, 3)}  # fmt: skip
+    typer.echo(json.dumps(result) if as_json else outcome.path)
+
+
+@app.command()
+def check(spec: SpecFile, output: Output = None, sets: Sets = None, limit: Limit = None, as_json: Json = False) -> None:
+    """Show what a run would keep: every tap's module, axes and exact bytes; parts, batches, padding; disk space."""
+    with _quitting():
+        loaded = _load(spec, sets, limit)
+        root = output or (Path(loaded.output).expanduser() if loaded.output else Path())
+        _show_forecast(loaded, root, as_json, quiet=False)
+
+
+def _show_forecast(spec: "Spec", root: Path, as_json: bool, quiet: bool) -> None:
+    from actdump import console, job, store
+
+    console.start_logging(quiet)
+    with console.Bar() as bar:
+        forecast = job.forecast(spec, None if quiet else bar)
+    free = store.free_space(root)
+    if as_json:
+        typer.echo(json.dumps(console.forecast_json(forecast, free)))
+        return
+    plan = forecast.plan
+    console.table(console.forecast_table(forecast))
+    share = 1 - plan.tokens / max(forecast.padded, 1)
+    fits = "" if forecast.bytes <= free else " (TOO LITTLE)"
+    console.out.print()
+    console.table(console.facts_table([
+        ("prompts", f"{plan.prompts:,}, {plan.tokens:,} tokens"),
+        ("parts", f"{len(plan.parts):,}"),
+        ("batches", f"{forecast.batches:,} of at most {plan.budget.tokens:,} padded tokens; {share:.1%} of what is computed is padding"),
+        ("size", f"{forecast.bytes:,} bytes; {free:,} are free at {root}{fits}"),
+        ("probed", "with weights" if forecast.weighed else "without weights, by shapes; a run also checks values"),
+    ]))  # fmt: skip
+
+
+@app.command()
+def tree(
+    model: Annotated[str, typer.Argument(help="A spec, a hub id or a local folder.", show_default=False)],
+    sets: Sets = None,
+    grep: Annotated[str | None, typer.Option(help="Only modules whose path or class holds this.")] = None,
+    depth: Annotated[int | None, typer.Option(min=0, help="Only so many levels.")] = None,
+) -> None:
+    """Show the modules of a model with their classes and the axes of their outputs."""
+    with _quitting():
+        from actdump import console, job
+        from actdump.spec import model_spec
+
+        console.start_logging(quiet=False)
+        is_spec = Path(model).suffix in (".yaml", ".yml")
+        wanted = _load(Path(model), sets, None).model if is_spec else model_spec(model, {})
+        console.table(console.tree_table(job.modules(wanted, grep=grep, depth=depth)))
+
+
+@app.command()
+def show(out: Folder, as_json: Json = False) -> None:
+    """Show what a dump holds."""
+    with _quitting():
+        from actdump import console, reader
+
+        dump = reader.open_dump(out)
+        if as_json:
+            typer.echo(dump.folder.manifest.read_text(), nl=False)
+            return
+        console.table(console.facts_table(_summary(dump.manifest)))
+        console.out.print()
+        console.table(console.manifest_table(dump.manifest))
+
+
+def _summary(manifest: Any) -> list[tuple[str, str]]:
+    from actdump import console
+
+    model, made = manifest.facts["model"], manifest.made
+    git = made.get("git")
+    versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+    return [
+        ("model", f"{model['name']}{'@' + model['commit'][:12] if model['commit'] else ''} ({model['class']}, {model['dtype']})"),
+        ("prompts", f"{manifest.prompts:,}, {manifest.tokens:,} tokens"),
+        ("shards", f"{len(manifest.shards):,}, {console.size(manifest.bytes)}"),
+        ("digest", manifest.digest),
+        ("made", f"{made['finished']} on {made['host']} ({made['device']}) in {made['seconds']:.1f} s"),
+        ("with", versions),
+        *([("git", git["commit"] + (" with changes" if git["changed"] else ""))] if git else []),
+    ]
+
+
+@app.command()
+def verify(out: Folder) -> None:
+    """Compare every byte of a dump with its manifest."""
+    with _quitting():
+        from actdump import reader
+
+        dump = reader.open_dump(out)
+        if faults := reader.verify(dump):
+            raise DataError("\n".join(faults))
+        typer.echo(f"{out}: whole: {len(dump.manifest.shards)} shards, {dump.manifest.bytes:,} bytes")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the spec, for editors."""
+    with _quitting():
+        from actdump.spec import Spec
+
+        typer.echo(json.dumps(Spec.model_json_schema(), indent=1))
+
+
+def main() -> None:
+    """The entry point."""
+    app()

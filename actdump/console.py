@@ -1,0 +1,176 @@
+"""What a person sees: progress, tables, sizes. Results go to stdout, everything else to stderr."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from time import monotonic
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from actdump.format import Manifest
+from actdump.job import Forecast, Watcher
+from actdump.plan import Column, Part, Plan
+
+out = Console(highlight=False, soft_wrap=True, markup=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+EVERY = 10.0  # seconds between lines of progress where there is no terminal
+
+
+def table(content: Table) -> None:
+    """A table on stdout at its full width: a wrapped line can be read, a cut one cannot."""
+    Console(highlight=False, markup=False, width=1000).print(content)
+
+
+def start_logging(quiet: bool) -> None:
+    """Show warnings of actdump (and nothing else's) on stderr."""
+    logger = logging.getLogger("actdump")
+    logger.handlers = [RichHandler(console=err, show_time=False, show_path=False)]
+    logger.setLevel(logging.ERROR if quiet else logging.WARNING)
+    logger.propagate = False
+
+
+def size(count: float) -> str:
+    """Bytes for people: `1.2 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def error(message: str) -> None:
+    """An error, in red on a terminal."""
+    err.print(Text.assemble(("error: ", "bold red"), message))
+
+
+class Bar(Watcher):
+    """Progress: a bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("prompts  {task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=err,
+            transient=True,
+            disable=not err.is_terminal,
+        )
+        self.task = self.progress.add_task("starting", total=None, rate="")
+        self.tokens = self.prompts = self.total = self.all_tokens = self.bytes = 0
+        self.began = self.said = monotonic()
+
+    def __enter__(self) -> "Bar":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def step(self, doing: str) -> None:
+        self.progress.update(self.task, description=doing)
+        if not err.is_terminal:
+            err.print(doing)
+
+    def planned(self, plan: Plan, done: Sequence[Part]) -> None:
+        finished, tokens = sum(part.prompts for part in done), sum(part.tokens for part in done)
+        self.total, self.all_tokens, self.bytes = plan.prompts - finished, plan.tokens - tokens, plan.bytes
+        self.began = self.said = monotonic()
+        self.progress.update(self.task, description="capturing", total=plan.prompts, completed=finished)
+        going_on = f", {len(done)} of {len(plan.parts)} parts done before" if done else ""
+        shards = f"{len(plan.parts)} shard{'s' * (len(plan.parts) != 1)}"
+        err.print(f"{plan.prompts:,} prompts, {plan.tokens:,} tokens, {len(plan.columns)} taps, {size(plan.bytes)} in {shards}{going_on}")
+
+    def batch(self, prompts: int, tokens: int) -> None:
+        self.prompts += prompts
+        self.tokens += tokens
+        now = monotonic()
+        speed = self.tokens / max(now - self.began, 1e-9)
+        written = self.bytes * self.tokens / max(self.all_tokens, 1)
+        rate = f"{speed:,.0f} tokens/s  {size(written)}"
+        self.progress.update(self.task, advance=prompts, rate=rate)
+        if not err.is_terminal and now - self.said >= EVERY:
+            self.said = now
+            left = (self.all_tokens - self.tokens) / max(speed, 1e-9)
+            err.print(f"{self.prompts:,} of {self.total:,} prompts  {rate}  {left:,.0f} s left")
+
+
+def _plain_table(*headings: str, right: Sequence[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in right else "left", no_wrap=True)
+    return table
+
+
+def _shape(column: Column) -> str:
+    """What one prompt gives: `(tokens, 768)`."""
+    dims = [str(dim) if isinstance(dim, int) else "tokens" if str(dim) == ":" else f"tokens[{dim}]" for dim in column.layout.dims]
+    return "(" + ", ".join(dims) + ("," if len(dims) == 1 else "") + ")"
+
+
+def _address(column: Column) -> str:
+    return "" if column.name == column.address else column.address
+
+
+def forecast_table(forecast: Forecast) -> Table:
+    """What `check` shows of every tap."""
+    plan = forecast.plan
+    table = _plain_table("tap", "address", "module", "axes", "a prompt", "dtype", "rows", "bytes", right=("rows", "bytes"))
+    for column in plan.columns:
+        rows, count = _rows_and_bytes(forecast, column)
+        axes = "(" + ", ".join(column.axes) + ")"
+        table.add_row(column.name, _address(column), column.module, axes, _shape(column), column.layout.dtype, f"{rows:,}", f"{count:,}")
+    return table
+
+
+def _rows_and_bytes(forecast: Forecast, column: Column) -> tuple[int, int]:
+    rows = sum(count * column.layout.rows(length) for length, count in forecast.lengths.items())
+    return rows, rows * column.layout.row_bytes
+
+
+def forecast_json(forecast: Forecast, free: int) -> dict[str, Any]:
+    """The same for programs."""
+    plan = forecast.plan
+    taps = []
+    for column in plan.columns:
+        rows, count = _rows_and_bytes(forecast, column)
+        taps.append({
+            "name": column.name, "address": column.address, "resolved": column.resolved, "module": column.module,
+            "axes": list(column.axes), "value": _shape(column), "dtype": column.layout.dtype, "rows": rows, "bytes": count,
+        })  # fmt: skip
+    return {
+        "taps": taps, "prompts": plan.prompts, "tokens": plan.tokens, "padded_tokens": forecast.padded, "batches": forecast.batches,
+        "parts": len(plan.parts), "bytes": forecast.bytes, "free_bytes": free, "weights_loaded": forecast.weighed,
+    }  # fmt: skip
+
+
+def manifest_table(manifest: Manifest) -> Table:
+    """What `show` says of every tap."""
+    table = _plain_table("tap", "address", "module", "tokens", "a prompt", "dtype", "rows", "bytes", right=("rows", "bytes"))
+    for column in manifest.columns:
+        rows = sum(shard.rows[column.name] for shard in manifest.shards)
+        count = size(rows * column.layout.row_bytes)
+        table.add_row(column.name, _address(column), column.module, column.tokens, _shape(column), column.layout.dtype, f"{rows:,}", count)
+    return table
+
+
+def facts_table(rows: Iterable[tuple[str, str]]) -> Table:
+    """Pairs of a word and what it is."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for word, value in rows:
+        table.add_row(Text(word, style="bold"), Text(value))
+    return table
+
+
+def tree_table(rows: Iterable[tuple[int, str, str, str]]) -> Table:
+    """The modules of a model: depth, name, class, output."""
+    table = _plain_table("module", "class", "output")
+    for depth, name, kind, output in rows:
+        table.add_row(Text("  " * depth + name), Text(kind), Text(output))
+    return table

@@ -1,0 +1,32 @@
+"""The hook engine: the only place with hooks. `bind` finds modules, `probe` labels axes, `capture` runs one forward.
+
+What is captured for a prompt at a tap is what the tap would hold if that prompt were run alone, unpadded; the batch axis is
+dropped. The probe makes this so: it sends tiny inputs of two shapes through the model and compares the shapes that each tap
+gave, which labels every axis; then it shows, on values, that a prompt cut out of a padded batch is the prompt run alone.
+"""
+
+from actdump.engine.capture import Captured, Padded, capture, capture_whole, positions, values
+from actdump.engine.hooks import copied, described
+from actdump.engine.probe import Fault, Probe, dtype_name, outline, probe
+from actdump.engine.site import Axis, Feed, Site, bind, feed_for
+
+__all__ = [
+    "Axis",
+    "Captured",
+    "Fault",
+    "Feed",
+    "Padded",
+    "Probe",
+    "Site",
+    "bind",
+    "capture",
+    "capture_whole",
+    "copied",
+    "described",
+    "dtype_name",
+    "feed_for",
+    "outline",
+    "positions",
+    "probe",
+    "values",
+]

@@ -1,0 +1,307 @@
+"""Captures: one forward for one batch, each prompt's value cut out as if it had run alone."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actdump.address import Index, Item, Nth, Selection, Slice, Tap, written
+from actdump.engine.hooks import Stop, Unfit, copied, described, hooked, read, which_call
+from actdump.engine.site import Axis, Feed, Site, cut_out, fits, shape_text
+from actdump.errors import AddressError, DataError
+from actdump.plan import ITEM_BYTES, Batch, Layout
+
+
+@dataclass
+class Padded:
+    """A batch as the model sees it: right-padded rows of token ids."""
+
+    batch: Batch
+    lengths: tuple[int, ...] = field(init=False)
+    width: int = field(init=False)
+    _indices: dict[tuple[Selection, torch.device], Tensor | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.lengths = self.batch.lengths
+        self.width = max(self.lengths)
+
+    @property
+    def even(self) -> bool:
+        """Whether no row is padded."""
+        return min(self.lengths) == self.width
+
+    def tensors(self, feed: Feed) -> tuple[Tensor, Tensor | None]:
+        """The ids (batch, token), and the mask where padding needs one."""
+        if self.even:
+            return torch.tensor([list(ids) for ids in self.batch.ids]), None
+        ids = torch.full((len(self.lengths), self.width), feed.pad)
+        for row, prompt in zip(ids, self.batch.ids, strict=True):
+            row[: len(prompt)] = torch.tensor(list(prompt))
+        mask = torch.arange(self.width) < torch.tensor(self.lengths)[:, None] if feed.masked else None
+        return ids, mask.long() if mask is not None else None
+
+    def index(self, selection: Selection, device: torch.device) -> Tensor | None:
+        """The places in `(batch*token)` rows that a selection keeps; `None` where it keeps every row."""
+        key = selection, device
+        if key not in self._indices:
+            everything = self.even and selection in ("all", "mean")
+            self._indices[key] = None if everything else torch.tensor(self._places(selection)).to(device)
+        return self._indices[key]
+
+    def _places(self, selection: Selection) -> list[int]:
+        starts = range(0, self.width * len(self.lengths), self.width)
+        return [
+            start + place for start, length in zip(starts, self.lengths, strict=True) for place in positions(selection, length)
+        ]
+
+
+def positions(selection: Selection, length: int) -> Sequence[int]:
+    """Which tokens of a prompt of that length a selection keeps, or takes the mean of.
+
+    Raises:
+        IndexError: it asks for a position that the prompt does not have.
+    """
+    match selection:
+        case "all" | "mean":
+            return range(length)
+        case "first":
+            return (0,)
+        case "last":
+            return (length - 1,)
+        case Slice():
+            return selection.of(length)
+        case _:
+            return [range(length)[position] for position in selection]
+
+
+@dataclass
+class Captured:
+    """What one forward gave: for each site, the rows of all prompts of the batch, in the batch's order.
+
+    Call `wait` before reading; on CUDA the copies may still be on their way.
+    """
+
+    rows: list[Tensor]
+    overflows: list[tuple[Site, Tensor]]
+    ready: "torch.cuda.Event | None" = None
+
+    def wait(self) -> None:
+        """Return when the rows are there.
+
+        Raises:
+            DataError: a finite value became infinite in the cast to the storage type.
+        """
+        if self.ready is not None:
+            self.ready.synchronize()
+        for site, count in self.overflows:
+            if lost := int(count.item()):
+                layout = cast(Layout, site.layout)
+                raise DataError(
+                    f"{site.tap.name}: {lost} finite value{'s' * (lost > 1)} too large for {layout.dtype}, whose largest is "
+                    f"{torch.finfo(getattr(torch, layout.dtype)).max:g}; use `dtype: bfloat16` or `dtype: float32`"
+                )
+
+    def buffers(self) -> "list[np.ndarray]":
+        """The bytes of each site's rows, one prompt after another, without a copy."""
+        return [rows.contiguous().view(-1).view(torch.uint8).numpy() for rows in self.rows]
+
+
+def capture(model: nn.Module, sites: Sequence[Site], feed: Feed, batch: Batch, *, land: bool = True) -> Captured:
+    """Run one forward for one batch and keep what the sites ask for; the forward ends when every site has fired.
+
+    Args:
+        sites: probed sites.
+        land: bring the rows to the CPU; on CUDA through pinned memory on a side stream, while the forward goes on.
+
+    Raises:
+        DataError: a value does not have the shape that the probe promised, or a site did not fire.
+    """
+    padded = Padded(batch)
+    catch = _Catch(sites, padded, land)
+    arguments = feed.arguments(*padded.tensors(feed))
+    with suppress(Stop), hooked(sites, catch.seen):
+        model(**arguments)
+    return catch.captured()
+
+
+class _Catch:
+    """One forward being watched."""
+
+    def __init__(self, sites: Sequence[Site], padded: Padded, land: bool) -> None:
+        self.sites = sites
+        self.padded = padded
+        self.land = land
+        self.calls = [0] * len(sites)
+        self.rows: list[Tensor | None] = [None] * len(sites)
+        self.overflows: list[tuple[Site, Tensor]] = []
+        self.waiting = len(sites)
+        self.side: torch.cuda.Stream | None = None
+
+    def seen(self, place: int, held: Any) -> None:
+        site = self.sites[place]
+        call = self.calls[place]
+        self.calls[place] += 1
+        if call != (site.tap.call or 0) % cast(int, site.calls):
+            return
+        value, _ = read(site.tap, held)
+        self.rows[place] = self._landed(self._cast(site, _rows(site, value, self.padded)))
+        self.waiting -= 1
+        if self.waiting == 0:
+            raise Stop
+
+    def _cast(self, site: Site, rows: Tensor) -> Tensor:
+        dtype = getattr(torch, cast(Layout, site.layout).dtype)
+        if rows.dtype == dtype:
+            return rows
+        narrow = rows.to(dtype)
+        if torch.finfo(dtype).max < torch.finfo(rows.dtype).max:
+            self.overflows.append((site, (rows.isfinite() & ~narrow.isfinite()).sum()))
+        return narrow
+
+    def _landed(self, rows: Tensor) -> Tensor:
+        if not self.land or rows.device.type == "cpu":
+            return rows
+        if rows.device.type != "cuda":
+            return rows.cpu()
+        if self.side is None:
+            self.side = _side_stream(rows.device)
+        self.side.wait_stream(torch.cuda.current_stream(rows.device))
+        with torch.cuda.stream(self.side):
+            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+            host.copy_(rows, non_blocking=True)
+        rows.record_stream(self.side)
+        return host
+
+    def captured(self) -> Captured:
+        for site, rows in zip(self.sites, self.rows, strict=True):
+            if rows is None:
+                raise DataError(f"{site.tap.name}: its module did not run in this forward, though it did in the probe")
+        return Captured(cast(list[Tensor], self.rows), self.overflows, self.side.record_event() if self.side else None)
+
+
+_SIDES: dict[torch.device, "torch.cuda.Stream"] = {}
+
+
+def _side_stream(device: torch.device) -> "torch.cuda.Stream":
+    if device not in _SIDES:
+        _SIDES[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return _SIDES[device]
+
+
+def _rows(site: Site, value: Any, padded: Padded) -> Tensor:
+    """The rows that all prompts of the batch give at a site: a copy, never a view of the model's tensor."""
+    shape = len(padded.lengths), padded.width
+    if not isinstance(value, Tensor) or not fits(site, value, shape):
+        raise DataError(
+            f"{site.tap.name}: the probe found {shape_text(site.axes or ())}, but for {shape[0]} prompts of {shape[1]} tokens it is "
+            f"{described(value)}"
+        )
+    if site.rowwise:
+        return _gathered(site, value, padded)
+    if [axis.batch for axis in site.axes or ()][:1] == [True] and site.token_axis is None and not site.index:
+        return value.clone(memory_format=torch.contiguous_format)
+    return torch.cat([_one_value(site, value, shape, row, length).reshape(-1) for row, length in enumerate(padded.lengths)])
+
+
+def _gathered(site: Site, value: Tensor, padded: Padded) -> Tensor:
+    """The fast way, for `(batch, token, …)` and `(batch*token, …)`: one gather."""
+    leading = 1 if cast(tuple[Axis, ...], site.axes)[0].token else 2
+    flat = value.reshape(-1, *value.shape[leading:])
+    index = padded.index(site.selection, value.device)
+    if site.selection != "mean":
+        return flat.clone(memory_format=torch.contiguous_format) if index is None else flat.index_select(0, index)
+    rows = flat if index is None else flat.index_select(0, index)
+    return torch.stack([prompt.mean(0) for prompt in torch.split(rows, list(padded.lengths))])
+
+
+def _one_value(site: Site, value: Tensor, shape: tuple[int, int], row: int, length: int) -> Tensor:
+    """The general way: one prompt's value cut out, indexed, its tokens selected."""
+    one = cut_out(value, cast(tuple[Axis, ...], site.axes), shape, row, length)
+    for item in site.index:
+        one = one[_tensor_index(item)]
+    if site.dropped is not None:
+        one = one.squeeze(site.dropped)
+    axis, selection = site.token_axis, site.selection
+    if axis is None or selection == "all":
+        return one
+    if selection == "mean":
+        return one.mean(axis)
+    return one.index_select(axis, torch.tensor(positions(selection, length), device=one.device))
+
+
+def _tensor_index(item: Item) -> Any:
+    if isinstance(item, Nth):
+        return item.number
+    entries = cast(Index, item).entries
+    return tuple(slice(entry.start, entry.stop, entry.step) if isinstance(entry, Slice) else entry for entry in entries)
+
+
+def values(site: Site, rows: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """Split captured rows into the value of each prompt, batch axis dropped."""
+    layout = cast(Layout, site.layout)
+    shapes = [layout.shape(length) for length in lengths]
+    sizes = [layout.rows(length) * (layout.row_bytes // ITEM_BYTES[layout.dtype]) for length in lengths]
+    return [flat.reshape(shape) for flat, shape in zip(torch.split(rows.reshape(-1), sizes), shapes, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------- values whole, for the trace
+
+
+def capture_whole(
+    model: nn.Module, sites: Sequence[Site], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[Any], list[int]]:
+    """Run one forward on the model's own arguments, and keep the values whole, as they are, with every axis.
+
+    The forward ends early where the number of calls of every site is known; otherwise it runs to its end, to count them.
+
+    Returns:
+        For each site its value (a structure, where the address stops at one), and how often its module ran.
+
+    Raises:
+        AddressError: a module never ran, or ran more than once, or an item leads nowhere.
+    """
+    kept: list[dict[int, Any]] = [{} for _ in sites]
+    calls = [0] * len(sites)
+    known = all(site.calls is not None for site in sites)
+    wanted = [_wanted_call(site) if known else None for site in sites]
+
+    def seen(place: int, held: Any) -> None:
+        if wanted[place] in (None, calls[place]):
+            kept[place][calls[place]] = copied(_whole(sites[place].tap, held))
+        calls[place] += 1
+        if known and all(kept):
+            raise Stop
+
+    with suppress(Stop), hooked(sites, seen):
+        model(*args, **kwargs)
+    if not known:
+        sites = [replace(site, calls=count) for site, count in zip(sites, calls, strict=True)]
+    return [values[_wanted_call(site)] for site, values in zip(sites, kept, strict=True)], [
+        cast(int, site.calls) for site in sites
+    ]
+
+
+def _wanted_call(site: Site) -> int:
+    """The place of the wanted call in a forward whose calls were counted."""
+    try:
+        return which_call(site, cast(int, site.calls), cast(int, site.calls))
+    except Unfit as reason:
+        raise AddressError(f"{site.tap.name}: {reason}") from None
+
+
+def _whole(tap: Tap, held: Any) -> Any:
+    try:
+        if tap.address.port in ("inputs", "outputs") and not tap.address.items:
+            return held
+        value, index = read(tap, held)
+        for item in index:
+            if not isinstance(item, Nth | Index):
+                raise Unfit(f"`{written(item)}` cannot follow a tensor")
+            value = value[_tensor_index(item)]
+    except (Unfit, IndexError) as reason:
+        raise AddressError(f"{tap.name}: {reason}") from None
+    return value

@@ -1,0 +1,146 @@
+"""Hooks on sites, and how to read what a port held."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from actdump.address import Child, Index, Item, Key, Nth, Tap, written
+from actdump.engine.site import Site
+
+
+class Stop(BaseException):
+    """Ends a forward when every site has fired. Never leaves this package."""
+
+
+class Unfit(Exception):  # noqa: N818 (a reason, which becomes a Fault or an error)
+    """Why a tap cannot be captured, in words."""
+
+
+@contextmanager
+def hooked(sites: Sequence[Site], seen: Callable[[int, Any], None]) -> Iterator[None]:
+    """Call `seen(place, what the port holds)` whenever a site's module runs. Every hook comes off on every way out."""
+    with ExitStack() as stack:
+        for place, site in enumerate(sites):
+            stack.callback(_hook(site, partial(seen, place)).remove)
+        yield
+
+
+def _hook(site: Site, seen: Callable[[Any], None]) -> Any:
+    port = site.tap.address.port
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if port == "inputs":
+            seen((args, kwargs))
+        else:
+            seen(args[0] if args else next(iter(kwargs.values()), None))
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
+        seen(_as_arguments(result) if port == "outputs" else result)
+
+    if port in ("input", "inputs"):
+        return site.module.register_forward_pre_hook(before, with_kwargs=True)
+    return site.module.register_forward_hook(after)
+
+
+def _as_arguments(result: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A return value in the form of arguments: `((values…), {named values})`."""
+    if isinstance(result, Mapping):
+        return (), dict(result)
+    return (tuple(result) if isinstance(result, tuple | list) else (result,)), {}
+
+
+def read(tap: Tap, held: Any) -> tuple[Any, tuple[Item, ...]]:
+    """Follow the address into what its port held, as far as a tensor; return it and the items left, which index the tensor.
+
+    A bare tensor counts as a tuple of one, and a port without an item is the first value of a tuple.
+    """
+    value, items = held, tap.address.items
+    if tap.address.port in ("input", "output"):
+        first = items[0] if items else None
+        if isinstance(value, Tensor):
+            if isinstance(first, Nth):
+                if first.number not in (0, -1):
+                    raise Unfit(
+                        f"there is no [{first.number}]: the port held {described(held)}, which counts as a tuple of one"
+                    )
+                items = items[1:]
+        elif isinstance(value, tuple | list | Mapping) and (first is None or isinstance(first, Index)):
+            value = next(iter(value.values() if isinstance(value, Mapping) else value), None)
+    while items and not isinstance(value, Tensor):
+        value, items = _entry(value, items[0], held), items[1:]
+    return value, items
+
+
+def _entry(value: Any, item: Item, held: Any) -> Any:
+    """One step into a structure."""
+    try:
+        match item:
+            case Nth(number) if isinstance(value, Mapping):
+                return list(value.values())[number]
+            case Nth(number) if isinstance(value, tuple | list):
+                return value[number]
+            case Key(key) if isinstance(value, Mapping):
+                return value[key]
+            case Child(name) if isinstance(value, Mapping) and name in value:
+                return value[name]
+            case Child(name) if not isinstance(value, Mapping | tuple | list) or hasattr(type(value), "_fields"):
+                return getattr(value, name)
+    except (IndexError, KeyError, AttributeError):
+        pass
+    raise Unfit(f"`{written(item)}` leads nowhere: the port held {described(held)}")
+
+
+def which_call(site: Site, calls: int, again: int) -> int:
+    """The place of the wanted call among those of one forward."""
+    place = f"`{site.tap.address.path}`" if site.tap.address.module else "the model"
+    if calls == 0:
+        raise Unfit(
+            f"{place} ({type(site.module).__name__}) never ran in a forward; its parent may use its parameters "
+            "without calling it, so tap the parent"
+        )
+    if calls != again:
+        raise Unfit(f"{place} ran {calls} times for one prompt and {again} times for three, so its calls cannot be told apart")
+    call = site.tap.call
+    if call is None:
+        if calls > 1:
+            raise Unfit(
+                f"{place} runs {calls} times in one forward; say which, with `call: 0` to `call: {calls - 1}` or `call: -1`"
+            )
+        return 0
+    if not -calls <= call < calls:
+        raise Unfit(f"{place} runs {calls} times in one forward, so there is no call {call}")
+    return call % calls
+
+
+def described(value: Any, axes: Callable[[Tensor], str] | None = None) -> str:
+    """A value in words: `a tensor (1, 7, 32)`, `a tuple of 2 (a tensor (1, 7, 32), None)`."""
+    if isinstance(value, Tensor):
+        return "a tensor " + (axes(value) if axes else str(tuple(value.shape)))
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} of " + ", ".join(f"{key}: {described(entry, axes)}" for key, entry in value.items())
+    if isinstance(value, tuple | list):
+        inside = ", ".join(described(entry, axes) for entry in value)
+        return f"a {type(value).__name__} of {len(value)} ({inside})"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def form(held: Any) -> str:
+    if isinstance(held, Tensor):
+        return "tensor"
+    return f"{type(held).__name__} of {len(held)}" if isinstance(held, tuple | list | Mapping) else type(held).__name__
+
+
+def copied(value: Any) -> Any:
+    """A structure with every tensor in it copied, so that nothing later in the forward can change it."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        copies = {key: copied(entry) for key, entry in value.items()}
+        return copies if type(value) is dict else type(value)(**copies)
+    if isinstance(value, tuple | list):
+        entries = [copied(entry) for entry in value]
+        return type(value)(*entries) if hasattr(type(value), "_fields") else type(value)(entries)
+    return value

@@ -1,0 +1,374 @@
+"""The probe: tiny forwards that label the axes of every site, count its calls, and show that a prompt can be cut out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from actdump.address import Index, Item, Nth, Selection, Slice, Tap, parse, written
+from actdump.engine.hooks import Unfit, copied, described, form, hooked, read, which_call
+from actdump.engine.site import Axis, Feed, Site, bind, cut_out, fits, shape_text
+from actdump.errors import ActdumpError, AddressError, UsageError
+from actdump.plan import ITEM_BYTES, Layout
+
+# Two shapes whose ratios and differences name every axis: from (1, 7) to (3, 12), a batch axis grows by a factor 3, a token
+# axis by 12/7, their product by 36/7, and a token axis with something added by 5, which is no multiple of 3 - 1.
+ALONE = (1, 7)
+TOGETHER = (3, 12)
+ROW = 1  # the row of TOGETHER that begins with the prompt of ALONE: not the first, so that a stray [0] would show
+ALIKE = 0.05  # median relative error per vector above which two values are not the same value computed in another shape
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A tap that cannot be captured, and why."""
+
+    tap: Tap
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.tap.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the probe found: sites with their axes, taps that cannot be captured, and how to run the model.
+
+    Attributes:
+        runs: for each tap, in the order given, a site or a fault.
+        verified: whether values were compared, not shapes alone (they cannot be on the meta device).
+    """
+
+    runs: tuple[Site | Fault, ...]
+    feed: Feed
+    verified: bool
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites, where every tap can be captured.
+
+        Raises:
+            AddressError: some cannot; the message lists them all.
+        """
+        faults = [str(run) for run in self.runs if isinstance(run, Fault)]
+        if faults:
+            raise AddressError("\n".join(faults))
+        return [run for run in self.runs if isinstance(run, Site)]
+
+
+def probe(
+    model: nn.Module, sites: Sequence[Site], feed: Feed, *, tokens: Selection | None = None, dtype: str | None = None
+) -> Probe:
+    """Label the axes of every site and count its calls with tiny forwards, and find out whether padding needs a mask.
+
+    Two forwards of different shape give the axes. Then, unless the model is on the meta device, the same prompt is compared
+    alone and inside a batch whose other tokens are changed: where no bit moves without a mask, no mask is needed; where one
+    does, the mask is used. Either way the prompt's value in the batch must be its value alone, or the tap is a fault.
+
+    Args:
+        tokens: the selection of taps that name none and have a token axis.
+        dtype: the storage type of taps that name none and hold floating point numbers.
+
+    Raises:
+        UsageError: the model does not run on token ids alone.
+    """
+    ids = _probe_ids(feed)
+    together = ids["together"]
+    alone = _observe(model, sites, feed, ids["alone"])
+    batch = _observe(model, sites, feed, together)
+    runs = tuple(_labelled(site, tokens, dtype, *seen) for site, *seen in zip(sites, alone, batch, strict=True))
+    if feed.device.type == "meta":
+        return Probe(runs, feed, verified=False)
+    found = [run if isinstance(run, Site) else None for run in runs]
+    batch_values = _row_values(found, batch)
+    changed = _row_values(found, _observe(model, sites, feed, ids["changed"]))
+    masked = not all(map(_same_bits, batch_values, changed))
+    if masked:
+        mask = torch.ones(TOGETHER, dtype=torch.long)
+        mask[ROW, ALONE[1] :] = 0
+        batch_values = _row_values(found, _observe(model, sites, feed, ids["changed"], mask))
+    alone_values = [
+        None if site is None else _probed_value(site, seen, ALONE, 0) for site, seen in zip(found, alone, strict=True)
+    ]
+    checked = tuple(map(_verified, runs, alone_values, batch_values))
+    return Probe(checked, replace(feed, masked=masked), verified=True)
+
+
+def _probe_ids(feed: Feed) -> dict[str, Tensor]:
+    """Token ids for the probes; `changed` differs from `together` in everything but the row's own prompt."""
+    generator = torch.Generator().manual_seed(0)
+    low = feed.vocabulary // 4 if feed.vocabulary >= 8 else 0
+    together, changed = (torch.randint(low, feed.vocabulary, TOGETHER, generator=generator) for _ in range(2))
+    together[together == feed.pad] = low
+    prompt = together[ROW, : ALONE[1]]
+    changed[ROW, : ALONE[1]] = prompt
+    changed[ROW, ALONE[1] :] = feed.pad
+    return {"alone": prompt[None], "together": together, "changed": changed}
+
+
+def _observe(model: nn.Module, sites: Sequence[Site], feed: Feed, ids: Tensor, mask: Tensor | None = None) -> list[list[Any]]:
+    """Run one forward to its end; for each site, what its port held at each call."""
+    seen: list[list[Any]] = [[] for _ in sites]
+    with torch.no_grad(), hooked(sites, lambda place, held: seen[place].append(copied(held))):
+        try:
+            model(**feed.arguments(ids, mask))
+        except ActdumpError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"{type(model).__name__} does not run on token ids alone: {type(error).__name__}: {error}"
+            ) from error
+    return seen
+
+
+# -------------------------------------------------------------------------------------------------------------- labelling axes
+
+
+def _labelled(site: Site, tokens: Selection | None, dtype: str | None, alone: list[Any], batch: list[Any]) -> Site | Fault:
+    try:
+        call = which_call(site, len(alone), len(batch))
+        value, index = read(site.tap, alone[call])
+        other, _ = read(site.tap, batch[call])
+        if not isinstance(value, Tensor) or not isinstance(other, Tensor):
+            raise Unfit(_not_a_tensor(value, alone[call]))
+        axes = _axes(tuple(value.shape), tuple(other.shape))
+        shape, dropped, least = _one_prompt(axes, index)
+        bound = replace(site, axes=axes, shape=shape, index=index, dropped=dropped, fewest=least, calls=len(alone), form=form(alone[call]))
+        tap = bound.tap if bound.tap.tokens is not None else replace(bound.tap, tokens=tokens)
+        if site.tap.tokens not in (None, "all") and bound.token_axis is None:
+            raise Unfit(f"it has no token axis to select from: {shape_text(axes)}")
+        bound = replace(bound, tap=tap)
+        return replace(bound, layout=Layout(_selected_dims(bound), _storage(value.dtype, tap.dtype, dtype)))
+    except Unfit as reason:
+        return Fault(site.tap, str(reason))
+
+
+def _not_a_tensor(value: Any, held: Any) -> str:
+    if value is None:
+        return (
+            f"it is None; the port held {described(held)}. Attention weights exist only with `attn_implementation: eager` "
+            "in the model's part of the spec"
+        )
+    return f"it is {described(value)}, not a tensor; add an item that picks one, such as [0] or ['name']"
+
+
+def _axes(alone: tuple[int, ...], together: tuple[int, ...]) -> tuple[Axis, ...]:
+    if len(alone) != len(together):
+        raise Unfit(f"its number of axes depends on the input: {alone} and {together}")
+    axes = [_axis(*sizes) for sizes in zip(alone, together, strict=True)]
+    if None in axes:
+        raise Unfit(
+            f"axis {axes.index(None)} cannot be attributed: the shape is {alone} for {ALONE[0]} prompt of {ALONE[1]} tokens "
+            f"and {together} for {TOGETHER[0]} prompts of {TOGETHER[1]}"
+        )
+    return tuple(cast(list[Axis], axes))
+
+
+def _axis(alone: int, together: int) -> Axis | None:
+    for batch, token in ((False, False), (True, False), (False, True), (True, True)):
+        unit = Axis(batch, token, 1)
+        times = alone // unit.size(*ALONE)
+        axis = replace(unit, times=times)
+        if axis.size(*ALONE) == alone and axis.size(*TOGETHER) == together and (times == 1 or not token):
+            return axis
+    return None
+
+
+def _one_prompt(axes: Sequence[Axis], index: Sequence[Item]) -> tuple[tuple[int | Slice, ...], int | None, int]:
+    """The axes of one prompt's value after its tensor indices, where the batch axis was dropped, and the tokens it needs."""
+    least = 1
+    dims: list[int | Slice | None] = [_one_prompt_dim(axis) for axis in axes]
+    if not any(axis.batch for axis in axes) and len(axes) > 1 and dims[0] == 1 and isinstance(dims[1], Slice):
+        dims[0] = None  # a table shared by the batch, (1, token, …): the leading 1 stands where the batch would
+    if dims.count(None) > 1:
+        raise Unfit(f"it has more than one batch axis: {shape_text(axes)}")
+    for item in index:
+        if not isinstance(item, Nth | Index):
+            raise Unfit(f"`{written(item)}` cannot follow a tensor; it has the shape {shape_text(axes)}")
+        entries = _filled((item.number,) if isinstance(item, Nth) else item.entries, dims, axes)
+        least = max(least, *map(_least_tokens, dims, entries), 1)
+        dims = _indexed_dims(dims, entries, axes)
+    dropped = dims.index(None) if None in dims else None
+    return tuple(dim for dim in dims if dim is not None), dropped, least
+
+
+def _least_tokens(dim: int | Slice | None, entry: int | Slice) -> int:
+    """How many tokens a prompt needs for an entry of a tensor index to be there."""
+    if not isinstance(dim, Slice) or not isinstance(entry, int):
+        return 1
+    if dim != Slice():
+        raise Unfit("a position of a slice of the token axis; write the position alone")
+    return entry + 1 if entry >= 0 else -entry
+
+
+def _one_prompt_dim(axis: Axis) -> int | Slice | None:
+    """A slice for tokens, `None` for the batch axis, a number otherwise."""
+    if axis.token:
+        return Slice()
+    return None if axis.batch and axis.times == 1 else axis.times
+
+
+def _filled(entries: Sequence[Any], dims: Sequence[int | Slice | None], axes: Sequence[Axis]) -> list[int | Slice]:
+    """The entries of a tensor index, one for each axis."""
+    if entries.count(...) > 1 or len(entries) - entries.count(...) > len(dims):
+        raise Unfit(f"the tensor index has too many entries for the shape {shape_text(axes)}")
+    place = entries.index(...) if ... in entries else len(entries)
+    full = Slice()
+    return [*entries[:place], *[full] * (len(dims) - len(entries) + (... in entries)), *entries[place + 1 :]]
+
+
+def _indexed_dims(
+    dims: Sequence[int | Slice | None], entries: Sequence[int | Slice], axes: Sequence[Axis]
+) -> list[int | Slice | None]:
+    picked: list[int | Slice | None] = []
+    for dim, entry in zip(dims, entries, strict=True):
+        if isinstance(entry, int):
+            _check_position(1 if dim is None else dim, entry, axes)
+        else:
+            picked.append(_sliced_dim(dim, entry))
+    return picked
+
+
+def _check_position(dim: int | Slice, entry: int, axes: Sequence[Axis]) -> None:
+    if isinstance(dim, int) and not -dim <= entry < dim:
+        raise Unfit(
+            f"[{entry}] is outside an axis of size {dim} (the batch axis of one prompt is 1); the shape is {shape_text(axes)}"
+        )
+
+
+def _sliced_dim(dim: int | Slice | None, entry: Slice) -> int | Slice | None:
+    if entry == Slice():
+        return dim
+    if entry.step is not None and entry.step < 0:
+        raise Unfit(f"the slice {entry} steps backwards, which tensors cannot do")
+    if dim is None:
+        if len(entry.of(1)) != 1:
+            raise Unfit(f"the slice {entry} leaves nothing of the batch axis, whose size is 1 for one prompt")
+        return None
+    if isinstance(dim, int):
+        return len(entry.of(dim))
+    if dim != Slice():
+        raise Unfit("two slices of the token axis; write them as one")
+    return entry
+
+
+def _selected_dims(site: Site) -> tuple[int | Slice, ...]:
+    """The axes of what is stored: those of the value with the token selection done."""
+    axis, selection = site.token_axis, site.selection
+    if axis is None or selection == "all":
+        return site.shape
+    if site.shape[axis] != Slice():
+        raise Unfit("the address slices the tokens already; leave out the slice or `tokens`")
+    before, after = site.shape[:axis], site.shape[axis + 1 :]
+    if isinstance(selection, Slice):
+        return (*before, selection, *after)
+    return (*before, len(selection), *after) if isinstance(selection, tuple) else (*before, *after)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32`, without torch's name before it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _storage(computed: torch.dtype, asked: str | None, default: str | None) -> str:
+    name = dtype_name(computed)
+    if name not in ITEM_BYTES:
+        raise Unfit(f"it is {name}, which safetensors files cannot hold")
+    if computed.is_floating_point:
+        return asked or default or name
+    if asked not in (None, name):
+        raise Unfit(f"it is {name}; `dtype` is for floating point numbers")
+    return name
+
+
+# ---------------------------------------------------------------------------------------------------------- does the cut hold?
+
+
+def _row_values(sites: Sequence[Site | None], seen: Sequence[list[Any]]) -> list[Tensor | None]:
+    return [None if site is None else _probed_value(site, held, TOGETHER, ROW) for site, held in zip(sites, seen, strict=True)]
+
+
+def _probed_value(site: Site, seen: list[Any], shape: tuple[int, int], row: int) -> Tensor | None:
+    """The value of the prompt of ALONE, cut out of what a probe of that shape gave; `None` where the cut does not fit."""
+    try:
+        value, _ = read(site.tap, seen[which_call(site, len(seen), len(seen))])
+    except (Unfit, IndexError):
+        return None
+    if not isinstance(value, Tensor) or not fits(site, value, shape):
+        return None
+    return cut_out(value, cast(tuple[Axis, ...], site.axes), shape, row, ALONE[1])
+
+
+def _same_bits(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is None or other is None or torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def _verified(run: Site | Fault, alone: Tensor | None, batch: Tensor | None) -> Site | Fault:
+    if isinstance(run, Fault):
+        return run
+    if alone is None or batch is None or alone.shape != batch.shape:
+        return Fault(run.tap, "its shape depends on the values in the batch, so a prompt's own value cannot be cut out")
+    if unlike := _unlikeness(alone, batch):
+        return Fault(
+            run.tap,
+            f"{shape_text(run.axes or ())} cut out of a padded batch is not the value of the prompt run alone ({unlike}); its order, or "
+            "its dependence on the other prompts, cannot be undone. `batch: {prompts: 1}` runs every prompt alone",
+        )
+    return run
+
+
+def _unlikeness(alone: Tensor, batch: Tensor) -> str | None:
+    """How two values of one prompt differ more than another batch shape explains; `None` where they do not."""
+    equal = alone == batch
+    if not alone.is_floating_point():
+        share = equal.double().mean().item() if alone.numel() else 1.0
+        return None if share >= 0.75 else f"{1 - share:.0%} of the integers differ"
+    one, other = alone.double().nan_to_num(), batch.double().nan_to_num()
+    difference = torch.where(equal, 0.0, one - other)
+    if alone.ndim > 1:
+        difference, one = difference.flatten(0, -2), one.flatten(0, -2)
+    scale = one.reshape(len(difference) if alone.ndim > 1 else 1, -1).norm(dim=1)
+    error = difference.reshape(len(scale), -1).norm(dim=1) / scale.clamp_min(1e-300)
+    median = error.median().item() if len(error) else 0.0
+    return None if median <= ALIKE else f"median relative error {median:.2g}"
+
+
+def outline(model: nn.Module, feed: Feed) -> list[tuple[str, str, str]]:
+    """Every module of a model in its order: resolved path, class, and its output in words, with named axes.
+
+    Where the model does not run as it is (on the meta device, say), the outputs are left empty.
+    """
+    taps = [Tap(path, parse(f"{path}.output" if path else "output")) for path, _ in model.named_modules(remove_duplicate=False)]
+    sites = bind(model, taps)
+    ids = _probe_ids(feed)
+    try:
+        alone, together = (_observe(model, sites, feed, ids[name]) for name in ("alone", "together"))
+    except UsageError:
+        alone = together = [[] for _ in sites]
+    return [
+        (site.tap.address.path, type(site.module).__name__, _outlined(*seen))
+        for site, *seen in zip(sites, alone, together, strict=True)
+    ]
+
+
+def _outlined(alone: list[Any], together: list[Any]) -> str:
+    if not alone or len(alone) != len(together):
+        return "" if not alone else "runs a varying number of times"
+    text = _words(alone[0], together[0])
+    return text if len(alone) == 1 else f"{text}, {len(alone)} times"
+
+
+def _words(alone: Any, together: Any) -> str:
+    """What two probes gave, in words: `(batch, token, 768)`."""
+    if isinstance(alone, Tensor) and isinstance(together, Tensor):
+        try:
+            return shape_text(_axes(tuple(alone.shape), tuple(together.shape)))
+        except Unfit:
+            return f"{tuple(alone.shape)} or {tuple(together.shape)}"
+    if isinstance(alone, Mapping) and isinstance(together, Mapping):
+        return ", ".join(f"{key} {_words(alone[key], together.get(key))}" for key in alone)
+    if isinstance(alone, tuple | list) and isinstance(together, tuple | list):
+        return "[" + ", ".join(map(_words, alone, together)) + "]"
+    return described(alone)

@@ -1,0 +1,221 @@
+"""Sites and feeds: a tap bound to a module, its axes, and how to run the model on token ids."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from inspect import Parameter, signature
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from actdump.address import Item, Selection, Slice, Tap, Tree, expand_tap, module_at
+from actdump.errors import AddressError, UsageError
+from actdump.plan import Column, Layout
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of what a module holds: a product of the batch, the tokens and a number, the batch outermost."""
+
+    batch: bool
+    token: bool
+    times: int
+
+    def __str__(self) -> str:
+        names = ["batch"] * self.batch + ["token"] * self.token
+        return "*".join(names + ([str(self.times)] if self.times != 1 or not names else []))
+
+    def size(self, batch: int, tokens: int) -> int:
+        """The size of the axis for a batch of that many rows and tokens."""
+        return (batch if self.batch else 1) * (tokens if self.token else 1) * self.times
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tap bound to a real module.
+
+    Attributes:
+        tap: what to keep, with its resolved address.
+        spelled: the address as the user wrote it.
+        module: the module at the address.
+        axes: the axes of the tensor at the address, before its tensor indices; `None` where nobody probed, and then the
+            value is taken as it is.
+        shape: the axes of one prompt's value after the tensor indices, batch axis dropped, tokens not yet selected.
+        index: the tensor indices of the address.
+        dropped: where the batch axis stood in the indexed value; `None` where an index took it.
+        fewest: how many tokens a prompt needs for the tensor indices to be there.
+        calls: how often the module runs in a forward.
+        form: what the port held, in words.
+        layout: what one prompt gives.
+    """
+
+    tap: Tap
+    spelled: str
+    module: nn.Module
+    axes: tuple[Axis, ...] | None = None
+    shape: tuple[int | Slice, ...] = ()
+    index: tuple[Item, ...] = ()
+    dropped: int | None = None
+    fewest: int = 1
+    calls: int | None = None
+    form: str = ""
+    layout: Layout | None = None
+
+    @property
+    def selection(self) -> Selection:
+        """Which tokens are kept; all of them where the value has no token axis."""
+        return self.tap.tokens if self.tap.tokens is not None and self.token_axis is not None else "all"
+
+    @property
+    def least(self) -> int:
+        """How many tokens a prompt needs for every position that the tap names."""
+        places = self.selection if isinstance(self.selection, tuple) else ()
+        return max([self.fewest, *(place + 1 if place >= 0 else -place for place in places)])
+
+    @property
+    def token_axis(self) -> int | None:
+        """The axis of a prompt's value that the token selection works on: the first with tokens (the query's, in attention)."""
+        return next((place for place, dim in enumerate(self.shape) if isinstance(dim, Slice)), None)
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether the tensor is rows of batch and token, in this order, so that one gather takes all that is kept."""
+        if self.axes is None or self.index:
+            return False
+        leading = [str(axis) for axis in self.axes if axis.batch or axis.token]
+        count = len(leading)
+        return leading in (["batch", "token"], ["batch*token"]) and [str(axis) for axis in self.axes[:count]] == leading
+
+    @property
+    def column(self) -> Column:
+        """The site as it stands in a dump. Needs a probed site."""
+        assert self.axes is not None and self.layout is not None
+        return Column(
+            name=self.tap.name,
+            address=self.spelled,
+            resolved=str(self.tap.address),
+            module=type(self.module).__name__,
+            form=self.form,
+            tokens=_selection_text(self.selection),
+            call=self.tap.call,
+            axes=tuple(map(str, self.axes)),
+            layout=self.layout,
+        )
+
+
+def _selection_text(selection: Selection) -> str:
+    return str(list(selection)) if isinstance(selection, tuple) else str(selection)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """How to run a model on token ids.
+
+    Attributes:
+        device: where the ids go.
+        vocabulary: ids are below this.
+        pad: the id that fills rows up; its value never shows.
+        accepts: the names of the arguments that the model takes.
+        masked: whether padded rows need an attention mask; the probe finds out.
+    """
+
+    device: torch.device
+    vocabulary: int
+    pad: int
+    accepts: frozenset[str]
+    masked: bool = True
+
+    def arguments(self, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        """The keyword arguments of one forward on ids of shape (batch, token)."""
+        arguments: dict[str, Any] = {"input_ids": ids.to(self.device)}
+        if mask is not None and "attention_mask" in self.accepts:
+            arguments["attention_mask"] = mask.to(self.device)
+        if "use_cache" in self.accepts and self.device.type != "meta":  # without a cache, transformers looks at values
+            arguments["use_cache"] = False
+        return arguments
+
+
+def feed_for(model: nn.Module, pad: int | None = None) -> Feed:
+    """How to run this model on token ids, as far as its signature, its config and its embedding tell.
+
+    Raises:
+        UsageError: the model does not take `input_ids`.
+    """
+    parameters = signature(model.forward).parameters
+    if "input_ids" not in parameters:
+        raise UsageError(
+            f"{type(model).__name__} takes {', '.join(parameters) or 'no arguments'}, not `input_ids`, so it cannot be run on prompts"
+        )
+    embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+    config = getattr(model, "config", None)
+    vocabulary = getattr(config, "vocab_size", None) or (embedding.num_embeddings if embedding is not None else 2)
+    if pad is None:
+        pad = getattr(config, "pad_token_id", None)
+    accepts = frozenset(name for name, parameter in parameters.items() if parameter.kind != Parameter.VAR_KEYWORD)
+    place = next(iter((embedding or model).parameters()), torch.empty(0))
+    return Feed(place.device, vocabulary, pad if pad is not None and 0 <= pad < vocabulary else 0, accepts)
+
+
+# --------------------------------------------------------------------------------------------------------------------- binding
+
+
+def bind(model: nn.Module, taps: Sequence[Tap], *, named: Sequence[bool] | None = None) -> list[Site]:
+    """Resolve taps to modules. A pattern gives as many sites as it matches modules, in the model's order.
+
+    Args:
+        named: for each tap, whether the user gave its name; otherwise a pattern's sites are named by their addresses.
+
+    Raises:
+        AddressError: addresses that lead nowhere, all of them in one message.
+    """
+    sites: list[Site] = []
+    wrong: list[str] = []
+    for place, tap in enumerate(taps):
+        try:
+            found = expand_tap(tap, cast(Tree, model), named=named is not None and named[place])
+        except AddressError as error:
+            wrong.append(f"{tap.address}: {error}")
+            continue
+        spelled = (str(each.address) if tap.address.many else str(tap.address) for each in found)
+        sites += [
+            Site(each, text, module_at(each.address, cast(Tree, model))) for each, text in zip(found, spelled, strict=True)
+        ]
+    seen: set[str] = set()
+    for site in sites:
+        if site.tap.name in seen:
+            wrong.append(f"{site.tap.name}: two taps would have this name; give names with the mapping form of `save`")
+        seen.add(site.tap.name)
+    if wrong:
+        raise AddressError("\n".join(wrong))
+    return sites
+
+
+# --------------------------------------------------------------------------------------------------------------------- cutting
+
+
+def shape_text(axes: Sequence[Axis]) -> str:
+    return "(" + ", ".join(map(str, axes)) + ")"
+
+
+def fits(site: Site, value: Tensor, shape: tuple[int, int]) -> bool:
+    return tuple(value.shape) == tuple(axis.size(*shape) for axis in site.axes or ())
+
+
+def cut_out(value: Tensor, axes: Sequence[Axis], shape: tuple[int, int], row: int, length: int) -> Tensor:
+    """What one prompt, cut out of a padded batch of that shape (batch, token), would hold alone."""
+    split: list[int] = []
+    single: list[int] = []
+    cuts: list[tuple[int, int, int]] = []
+    for axis in axes:
+        if axis.batch:
+            cuts.append((len(split), row, 1))
+            split.append(shape[0])
+        if axis.token:
+            cuts.append((len(split), 0, length))
+            split.append(shape[1])
+        split.append(axis.times)
+        single.append(axis.size(1, length))
+    view = value.reshape(split)
+    for dim, start, size in cuts:
+        view = view.narrow(dim, start, size)
+    return view.reshape(single)

@@ -1,0 +1,81 @@
+"""The files that a dump is made from, and whether they are still the same. Needs neither torch nor transformers."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actdump.errors import MissingError
+from actdump.spec import Spec
+
+# What a model folder consists of; the rest (README, optimizer states, logs) decides no activation.
+_MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py", ".tiktoken")
+_NOT_MODEL = ("optimizer", "scheduler", "training_args", "trainer_state", "rng_state", "README")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files that a spec names, by the part that they play: `prompts`, `model/config.json`."""
+
+    files: Mapping[str, Path]
+
+    def stamps(self) -> dict[str, list[int]]:
+        """Size and modification time of each, cheap to compare.
+
+        Raises:
+            MissingError: a file is not there.
+        """
+        return {role: self._stamp(role, path) for role, path in self.files.items()}
+
+    def _stamp(self, role: str, path: Path) -> list[int]:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise MissingError(f"{role.partition('/')[0]}: `{path}`: {error.strerror}") from None
+        return [status.st_size, status.st_mtime_ns]
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 of each."""
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
+            return dict(zip(self.files, threads.map(sha256, self.files.values()), strict=True))
+
+    def same(self, stamps: Mapping[str, Any], hashes: Mapping[str, str]) -> bool:
+        """Whether the files are those of earlier stamps and hashes; only files whose stamp changed are read."""
+        now = self.stamps()
+        if now.keys() != hashes.keys():
+            return False
+        return all(now[role] == stamps.get(role) or sha256(path) == hashes[role] for role, path in self.files.items())
+
+
+def of(spec: Spec, stdin: Path | None = None) -> Inputs:
+    """The files that a spec is made from.
+
+    Args:
+        stdin: where standard input was kept, for a spec that reads its prompts there.
+
+    Raises:
+        MissingError: the model's folder or the prompt file is not there.
+    """
+    files: dict[str, Path] = {}
+    if spec.prompts.file is not None:
+        files["prompts"] = stdin if spec.prompts.file == "-" and stdin is not None else Path(spec.prompts.file).expanduser()
+    if (folder := spec.model.folder) is not None:
+        files |= {f"model/{path.name}": path for path in _model_files(folder, spec.model.gguf_file)}
+    if spec.tokenizer.name is not None and (folder := Path(spec.tokenizer.name).expanduser()).is_dir():
+        files |= {f"tokenizer/{path.name}": path for path in _model_files(folder, None) if path.suffix not in (".safetensors", ".bin")}
+    return Inputs(files)
+
+
+def _model_files(folder: Path, gguf: str | None) -> list[Path]:
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in _MODEL_SUFFIXES]
+    files = [path for path in files if not path.name.startswith(_NOT_MODEL)]
+    return [*files, folder / gguf] if gguf is not None else files
+
+
+def sha256(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,321 @@
+"""A dump being read. Needs no model: `actdump.open("out/eiffel")["model.layers[-1].output[0]"][0]` is a tensor."""
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from actdump.errors import DataError, MissingError, UsageError, did_you_mean
+from actdump.format import OFFSETS, TOKENS, Folder, Manifest, Shard, manifest_from_json
+from actdump.inputs import sha256
+from actdump.plan import Column
+
+if TYPE_CHECKING:
+    import torch
+
+
+def open_dump(path: str | Path) -> "Dump":
+    """Open a finished dump.
+
+    Raises:
+        MissingError: the folder holds no finished dump.
+        DataError: its manifest cannot be read.
+    """
+    folder = Folder(Path(path))
+    if not folder.root.is_dir():
+        raise MissingError(f"{path}: there is no such folder")
+    if not folder.manifest.is_file():
+        unfinished = "the dump in it is not finished; the run that made it goes on with it" if folder.plan.is_file() else "it holds no dump"
+        raise MissingError(f"{path}: {unfinished} (there is no manifest.json)")
+    try:
+        return Dump(folder, manifest_from_json(json.loads(folder.manifest.read_bytes())))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder.manifest}: not a manifest: {error}") from None
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """A prompt of a dump.
+
+    Attributes:
+        number, id: its place, and the user's id (the number as text where none was given).
+        tokens: its token ids.
+        content: what the user gave: `text`, `messages` or nothing (token ids).
+        fields: the user's own fields.
+    """
+
+    number: int
+    id: str
+    tokens: list[int]
+    content: Mapping[str, Any]
+    fields: Mapping[str, Any]
+
+
+class Dump:
+    """A finished dump, read lazily: shards are mapped into memory, and only rows that are asked for are read.
+
+    Attributes:
+        manifest: the description of the dump.
+        names: the taps.
+        prompts: the prompts, by number or id.
+    """
+
+    def __init__(self, folder: Folder, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.names = [column.name for column in manifest.columns]
+        self.prompts = Prompts(self)
+        self._firsts = [shard.first for shard in manifest.shards]
+        self._open: dict[int, _OpenShard] = {}
+
+    def __getitem__(self, name: str) -> "Values":
+        """The values of a tap, by the user's name, the address as written, or the resolved address.
+
+        Raises:
+            UsageError: there is no such tap.
+        """
+        for spelling in ("name", "resolved", "address"):
+            found = [column for column in self.manifest.columns if getattr(column, spelling) == name]
+            if len(found) == 1:
+                return Values(self, found[0])
+        raise UsageError(f"{self.folder.root}: there is no tap `{name}`{did_you_mean(str(name), self.names)}")
+
+    def __len__(self) -> int:
+        return self.manifest.prompts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __repr__(self) -> str:
+        return f"Dump({str(self.folder.root)!r}: {len(self)} prompts, {self.manifest.tokens} tokens, taps {', '.join(self.names)})"
+
+    def shard_of(self, number: int) -> "_OpenShard":
+        """The shard that holds a prompt, opened."""
+        place = bisect_right(self._firsts, number) - 1
+        if place not in self._open:
+            self._open[place] = _OpenShard(self.folder, self.manifest.shards[place])
+        return self._open[place]
+
+
+@dataclass
+class _OpenShard:
+    folder: Folder
+    shard: Shard
+    _offsets: dict[str, Sequence[int]] = field(default_factory=dict)
+
+    @cached_property
+    def file(self) -> Any:
+        from safetensors import safe_open
+
+        path = self.folder.shard(self.shard.number)
+        try:
+            return safe_open(path, framework="pt")
+        except FileNotFoundError:
+            raise DataError(f"{path}: the shard is missing") from None
+        except Exception as error:  # safetensors raises its own error types
+            raise DataError(f"{path}: not a whole safetensors file: {error}") from error
+
+    def offsets(self, name: str) -> Sequence[int]:
+        """The first row of each prompt of the shard, and the number of rows."""
+        if name not in self._offsets:
+            self._offsets[name] = self.file.get_tensor(name + OFFSETS).tolist()
+        return self._offsets[name]
+
+    def rows(self, name: str, first: int, last: int) -> "torch.Tensor":
+        rows: torch.Tensor = self.file.get_slice(name)[first:last]
+        return rows
+
+    def prompt(self, name: str, number: int) -> "torch.Tensor":
+        """The rows of a prompt."""
+        offsets = self.offsets(name)
+        place = number - self.shard.first
+        return self.rows(name, offsets[place], offsets[place + 1])
+
+
+def _number(key: int | str, dump: Dump) -> int:
+    if isinstance(key, str):
+        return dump.prompts.number(key)
+    if not -len(dump) <= key < len(dump):
+        raise IndexError(f"there is no prompt {key}; the dump has {len(dump)}")
+    return key % len(dump)
+
+
+class Values:
+    """The values of one tap. `values[i]` and `values["id"]` are a prompt's value, as if it had run alone, batch axis dropped."""
+
+    def __init__(self, dump: Dump, column: Column) -> None:
+        self.dump = dump
+        self.column = column
+
+    def __len__(self) -> int:
+        return len(self.dump)
+
+    @overload
+    def __getitem__(self, key: int | str) -> "torch.Tensor": ...
+
+    @overload
+    def __getitem__(self, key: slice) -> "list[torch.Tensor]": ...
+
+    def __getitem__(self, key: int | str | slice) -> "torch.Tensor | list[torch.Tensor]":
+        """The value of a prompt by number or id, or a list of them for a slice.
+
+        Raises:
+            IndexError: there is no prompt of that number.
+            UsageError: there is no prompt of that id.
+        """
+        if isinstance(key, slice):
+            return [self[number] for number in range(*key.indices(len(self)))]
+        number = _number(key, self.dump)
+        shard = self.dump.shard_of(number)
+        rows = shard.prompt(self.column.name, number)
+        tokens = shard.offsets(TOKENS)
+        place = number - shard.shard.first
+        return rows.reshape(self.column.layout.shape(tokens[place + 1] - tokens[place]))
+
+    def __iter__(self) -> "Iterator[torch.Tensor]":
+        return (self[number] for number in range(len(self)))
+
+    @property
+    def rows(self) -> "Rows":
+        """The rows of all prompts one after another."""
+        return Rows(self.dump, self.column)
+
+    def __repr__(self) -> str:
+        layout = self.column.layout
+        dims = ", ".join("tokens" if not isinstance(dim, int) else str(dim) for dim in layout.dims)
+        return f"Values({self.column.name!r}: {len(self)} prompts of ({dims}), {layout.dtype})"
+
+
+class Rows:
+    """All rows of a tap across prompts and shards; `rows[a:b]` reads what it needs and nothing more."""
+
+    def __init__(self, dump: Dump, column: Column) -> None:
+        self.dump = dump
+        self.column = column
+        self._firsts = [0]
+        for shard in dump.manifest.shards:
+            self._firsts.append(self._firsts[-1] + shard.rows[column.name])
+
+    def __len__(self) -> int:
+        return self._firsts[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, …)."""
+        return (len(self), *self.column.layout.row)
+
+    @overload
+    def __getitem__(self, key: int) -> "torch.Tensor": ...
+
+    @overload
+    def __getitem__(self, key: slice) -> "torch.Tensor": ...
+
+    def __getitem__(self, key: int | slice) -> "torch.Tensor":
+        """One row, or a range of rows as one tensor."""
+        import torch
+
+        if isinstance(key, int):
+            if not -len(self) <= key < len(self):
+                raise IndexError(f"there is no row {key}; the tap has {len(self)}")
+            return self[key % len(self) : key % len(self) + 1][0]
+        first, last, step = key.indices(len(self))
+        if step < 0:
+            raise ValueError("rows cannot be read backwards")
+        pieces = []
+        for place, shard in enumerate(self.dump.manifest.shards):
+            begin, end = max(first, self._firsts[place]), min(last, self._firsts[place + 1])
+            if begin < end:
+                file = self.dump.shard_of(shard.first)
+                pieces.append(file.rows(self.column.name, begin - self._firsts[place], end - self._firsts[place]))
+        empty = torch.empty((0, *self.column.layout.row), dtype=getattr(torch, self.column.layout.dtype))
+        return (torch.cat(pieces) if len(pieces) != 1 else pieces[0])[::step] if pieces else empty
+
+
+class Prompts:
+    """The prompts of a dump, by number or id; prompts.jsonl is read as needed."""
+
+    def __init__(self, dump: Dump) -> None:
+        self.dump = dump
+
+    def __len__(self) -> int:
+        return len(self.dump)
+
+    @cached_property
+    def _places(self) -> list[int]:
+        """Where each line begins."""
+        places = [0]
+        with self.dump.folder.prompts.open("rb") as file:
+            for line in file:
+                places.append(places[-1] + len(line))
+        return places[:-1]
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        with self.dump.folder.prompts.open("rb") as file:
+            return {(line := json.loads(text))["id"]: line["number"] for text in file}
+
+    def number(self, id: str) -> int:
+        """The number of the prompt with that id.
+
+        Raises:
+            UsageError: there is none.
+        """
+        if id not in self._numbers:
+            raise UsageError(f"there is no prompt with the id `{id}`{did_you_mean(id, self._numbers)}")
+        return self._numbers[id]
+
+    def __getitem__(self, key: int | str) -> PromptRecord:
+        number = _number(key, self.dump)
+        with self.dump.folder.prompts.open("rb") as file:
+            file.seek(self._places[number])
+            line = json.loads(file.readline())
+        tokens = self.dump.shard_of(number).prompt(TOKENS, number).tolist()
+        content = {name: line[name] for name in ("text", "messages") if name in line}
+        return PromptRecord(number, line["id"], tokens, content, line.get("fields", {}))
+
+    def __iter__(self) -> Iterator[PromptRecord]:
+        return (self[number] for number in range(len(self)))
+
+
+def verify(dump: Dump) -> list[str]:
+    """Compare every file of a dump with the manifest: sizes, sha256 and structure. The faults found, in words; none if whole."""
+    faults: list[str] = []
+    for shard in dump.manifest.shards:
+        path = dump.folder.shard(shard.number)
+        if not path.is_file():
+            faults.append(f"{path}: the shard is missing")
+        elif path.stat().st_size != shard.bytes:
+            faults.append(f"{path}: {path.stat().st_size:,} bytes, but the manifest says {shard.bytes:,}")
+        elif sha256(path) != shard.sha256:
+            faults.append(f"{path}: the bytes changed since it was written (sha256 differs)")
+        else:
+            faults += _structure(dump, shard)
+        if not dump.folder.record(shard.number).is_file():
+            faults.append(f"{dump.folder.record(shard.number)}: the shard's record is missing")
+    return faults + _prompt_lines(dump)
+
+
+def _structure(dump: Dump, shard: Shard) -> list[str]:
+    opened = _OpenShard(dump.folder, shard)
+    names = set(opened.file.keys())
+    wanted = {name for column in dump.manifest.columns for name in (column.name, column.name + OFFSETS)} | {TOKENS, TOKENS + OFFSETS}
+    path = dump.folder.shard(shard.number)
+    if names != wanted:
+        return [f"{path}: holds {sorted(names ^ wanted)[:4]} more or less than planned"]
+    return [
+        f"{path}: {column.name} has the shape {tuple(found)}, and should have {(shard.rows[column.name], *column.layout.row)}"
+        for column in dump.manifest.columns
+        if tuple(found := opened.file.get_slice(column.name).get_shape()) != (shard.rows[column.name], *column.layout.row)
+    ]
+
+
+def _prompt_lines(dump: Dump) -> list[str]:
+    path = dump.folder.prompts
+    if not path.is_file():
+        return [f"{path}: missing"]
+    with path.open("rb") as file:
+        lines = sum(1 for _ in file)
+    return [] if lines == len(dump) else [f"{path}: {lines} lines for {len(dump)} prompts"]
