@@ -31,7 +31,9 @@ Folder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a fin
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: model.dtype=float32.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N prompts only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-Output = Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write, instead of the spec's.", show_default=False)]
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", help="The folder to write, instead of the spec's.", show_default=False)
+]
 
 
 @contextmanager
@@ -182,7 +184,10 @@ def _summary(manifest: Any) -> list[tuple[str, str]]:
     git = made.get("git")
     versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
     return [
-        ("model", f"{model['name']}{'@' + model['commit'][:12] if model['commit'] else ''} ({model['class']}, {model['dtype']})"),
+        (
+            "model",
+            f"{model['name']}{'@' + model['commit'][:12] if model['commit'] else ''} ({model['class']}, {model['dtype']})",
+        ),
         ("prompts", f"{manifest.prompts:,}, {manifest.tokens:,} tokens"),
         ("shards", f"{len(manifest.shards):,}, {console.size(manifest.bytes)}"),
         ("digest", manifest.digest),

@@ -3,17 +3,18 @@
 import logging
 from collections.abc import Iterable, Sequence
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from actdump.format import Manifest
-from actdump.job import Forecast, Watcher
 from actdump.plan import Column, Part, Plan
+
+if TYPE_CHECKING:
+    from actdump.job import Forecast
 
 out = Console(highlight=False, soft_wrap=True, markup=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -47,10 +48,12 @@ def error(message: str) -> None:
     err.print(Text.assemble(("error: ", "bold red"), message))
 
 
-class Bar(Watcher):
+class Bar:
     """Progress: a bar on a terminal, a plain line now and then elsewhere."""
 
     def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -85,7 +88,9 @@ class Bar(Watcher):
         self.progress.update(self.task, description="capturing", total=plan.prompts, completed=finished)
         going_on = f", {len(done)} of {len(plan.parts)} parts done before" if done else ""
         shards = f"{len(plan.parts)} shard{'s' * (len(plan.parts) != 1)}"
-        err.print(f"{plan.prompts:,} prompts, {plan.tokens:,} tokens, {len(plan.columns)} taps, {size(plan.bytes)} in {shards}{going_on}")
+        err.print(
+            f"{plan.prompts:,} prompts, {plan.tokens:,} tokens, {len(plan.columns)} taps, {size(plan.bytes)} in {shards}{going_on}"
+        )
 
     def batch(self, prompts: int, tokens: int) -> None:
         self.prompts += prompts
@@ -110,7 +115,9 @@ def _plain_table(*headings: str, right: Sequence[str] = ()) -> Table:
 
 def _shape(column: Column) -> str:
     """What one prompt gives: `(tokens, 768)`."""
-    dims = [str(dim) if isinstance(dim, int) else "tokens" if str(dim) == ":" else f"tokens[{dim}]" for dim in column.layout.dims]
+    dims = [
+        str(dim) if isinstance(dim, int) else "tokens" if str(dim) == ":" else f"tokens[{dim}]" for dim in column.layout.dims
+    ]
     return "(" + ", ".join(dims) + ("," if len(dims) == 1 else "") + ")"
 
 
@@ -118,23 +125,25 @@ def _address(column: Column) -> str:
     return "" if column.name == column.address else column.address
 
 
-def forecast_table(forecast: Forecast) -> Table:
+def forecast_table(forecast: "Forecast") -> Table:
     """What `check` shows of every tap."""
     plan = forecast.plan
     table = _plain_table("tap", "address", "module", "axes", "a prompt", "dtype", "rows", "bytes", right=("rows", "bytes"))
     for column in plan.columns:
         rows, count = _rows_and_bytes(forecast, column)
         axes = "(" + ", ".join(column.axes) + ")"
-        table.add_row(column.name, _address(column), column.module, axes, _shape(column), column.layout.dtype, f"{rows:,}", f"{count:,}")
+        table.add_row(
+            column.name, _address(column), column.module, axes, _shape(column), column.layout.dtype, f"{rows:,}", f"{count:,}"
+        )
     return table
 
 
-def _rows_and_bytes(forecast: Forecast, column: Column) -> tuple[int, int]:
+def _rows_and_bytes(forecast: "Forecast", column: Column) -> tuple[int, int]:
     rows = sum(count * column.layout.rows(length) for length, count in forecast.lengths.items())
     return rows, rows * column.layout.row_bytes
 
 
-def forecast_json(forecast: Forecast, free: int) -> dict[str, Any]:
+def forecast_json(forecast: "Forecast", free: int) -> dict[str, Any]:
     """The same for programs."""
     plan = forecast.plan
     taps = []
@@ -156,7 +165,9 @@ def manifest_table(manifest: Manifest) -> Table:
     for column in manifest.columns:
         rows = sum(shard.rows[column.name] for shard in manifest.shards)
         count = size(rows * column.layout.row_bytes)
-        table.add_row(column.name, _address(column), column.module, column.tokens, _shape(column), column.layout.dtype, f"{rows:,}", count)
+        table.add_row(
+            column.name, _address(column), column.module, column.tokens, _shape(column), column.layout.dtype, f"{rows:,}", count
+        )
     return table
 
 

@@ -62,10 +62,12 @@ def of(spec: Spec, stdin: Path | None = None) -> Inputs:
     files: dict[str, Path] = {}
     if spec.prompts.file is not None:
         files["prompts"] = stdin if spec.prompts.file == "-" and stdin is not None else Path(spec.prompts.file).expanduser()
-    if (folder := spec.model.folder) is not None:
-        files |= {f"model/{path.name}": path for path in _model_files(folder, spec.model.gguf_file)}
+    if (local := spec.model.folder) is not None:
+        files |= {f"model/{path.name}": path for path in _model_files(local, spec.model.gguf_file)}
     if spec.tokenizer.name is not None and (folder := Path(spec.tokenizer.name).expanduser()).is_dir():
-        files |= {f"tokenizer/{path.name}": path for path in _model_files(folder, None) if path.suffix not in (".safetensors", ".bin")}
+        files |= {
+            f"tokenizer/{path.name}": path for path in _model_files(folder, None) if path.suffix not in (".safetensors", ".bin")
+        }
     return Inputs(files)
 
 

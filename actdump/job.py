@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from actdump import inputs, prompts, store
 from actdump.errors import DataError, OccupiedError, SpecError, Stopped, UsageError
@@ -41,8 +41,8 @@ AUTO_TOKENS = {"cpu": 512}
 AUTO_TOKENS_ACCELERATOR = 16_384
 
 
-class Watcher:
-    """What a run tells while it goes on; this one is silent."""
+class Watcher(Protocol):
+    """What a run tells while it goes on."""
 
     def step(self, doing: str) -> None:
         """Something slow begins: `loading the model`."""
@@ -52,6 +52,16 @@ class Watcher:
 
     def batch(self, prompts: int, tokens: int) -> None:
         """A batch went through the model."""
+
+
+class _Silent:
+    """Tells nobody."""
+
+    def step(self, doing: str) -> None: ...
+
+    def planned(self, plan: Plan, done: Sequence[Part]) -> None: ...
+
+    def batch(self, prompts: int, tokens: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,12 @@ class Outcome:
 
 
 def run(
-    spec: Spec, root: Path, *, overwrite: bool = False, watcher: Watcher | None = None, stopping: Callable[[], bool] = lambda: False
+    spec: Spec,
+    root: Path,
+    *,
+    overwrite: bool = False,
+    watcher: Watcher | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Make a dump, go on with an unfinished one, or find that it is up to date.
 
@@ -79,7 +94,7 @@ def run(
         ActdumpError: see the subclasses.
     """
     began = monotonic()
-    watcher = watcher or Watcher()
+    watcher = watcher or _Silent()
     folder = Folder(root)
     with _standard_input(spec) as stdin:
         sources = inputs.of(spec, stdin)
@@ -107,7 +122,9 @@ def _standing(spec: Spec, sources: inputs.Inputs, folder: Folder, overwrite: boo
     if differs is None:
         return plan
     if not overwrite:
-        raise OccupiedError(f"{folder.root} holds another dump: {differs}; choose another output, or replace it with --overwrite")
+        raise OccupiedError(
+            f"{folder.root} holds another dump: {differs}; choose another output, or replace it with --overwrite"
+        )
     return None
 
 
@@ -186,7 +203,7 @@ def survey(spec: Spec, *, watcher: Watcher | None = None) -> tuple[Bound, bool]:
     """
     from actdump import engine, model
 
-    watcher = watcher or Watcher()
+    watcher = watcher or _Silent()
     source = model.find(spec.model)
     skeleton = model.skeleton(source)
     engine.bind(skeleton, [entry.tap for entry in spec.save], named=[entry.name is not None for entry in spec.save])
@@ -203,8 +220,12 @@ def modules(spec: ModelSpec, *, grep: str | None = None, depth: int | None = Non
     """The modules of a model without its weights: depth, path, class, and the axes of the output or why it has none."""
     from actdump import engine, model
 
-    skeleton = model.skeleton(model.find(spec))
+    source = model.find(spec)
+    skeleton = model.skeleton(source)
     found = engine.outline(skeleton, engine.feed_for(skeleton))
+    if not any(output for _, _, output in found):  # this class does not run on the meta device
+        module = model.load(source)
+        found = engine.outline(module, engine.feed_for(module))
     for path, kind, output in found:
         level = path.count(".") + path.count("[") + (1 if path else 0)
         if (depth is None or level <= depth) and (grep is None or grep.lower() in f"{path} {kind}".lower()):
@@ -231,7 +252,9 @@ def _go_on(job: _Job, sources: inputs.Inputs, found: Plan | None, stdin: Path | 
     with ThreadPoolExecutor(1) as aside:
         hashes = aside.submit(sources.hashes)
         source = model.find(spec.model)
-        engine.bind(model.skeleton(source), [entry.tap for entry in spec.save], named=[entry.name is not None for entry in spec.save])
+        engine.bind(
+            model.skeleton(source), [entry.tap for entry in spec.save], named=[entry.name is not None for entry in spec.save]
+        )
         watcher.step("loading the model")
         bound = bind(spec, source, model.load(source))
         if found is None or not store.has_tokens(job.folder, found):
@@ -240,7 +263,9 @@ def _go_on(job: _Job, sources: inputs.Inputs, found: Plan | None, stdin: Path | 
         else:
             plan = found
     if plan.columns != bound.columns:
-        raise DataError(f"{job.folder.root}: the model's shapes are not those of the plan in the folder; use the versions that made it")
+        raise DataError(
+            f"{job.folder.root}: the model's shapes are not those of the plan in the folder; use the versions that made it"
+        )
     return _write_parts(job, plan, bound)
 
 
@@ -258,7 +283,9 @@ def _take_in(
         facts = _facts(job.spec, bound, hashes, intake.hash.hexdigest())
         plan = make(facts, bound.columns, intake.cutter.parts, found.budget if found else _budget(job.spec, bound))
         if found is not None and plan.digest != found.digest:
-            raise DataError(f"{folder.root}: the prompts' tokens are not those of the plan in the folder; use the versions that made it")
+            raise DataError(
+                f"{folder.root}: the prompts' tokens are not those of the plan in the folder; use the versions that made it"
+            )
         if found is None:
             store.check_space(folder, sum(part.bytes for part in plan.parts))
             store.clear(folder)
@@ -304,7 +331,7 @@ def _budget(spec: Spec, bound: Bound) -> Budget:
 
 
 def _facts(spec: Spec, bound: Bound, hashes: Mapping[str, str], tokens: str) -> dict[str, Any]:
-    config = bound.module.config
+    config: Any = bound.module.config
     return {
         "spec": spec.decisive(),
         "inputs": dict(hashes),
@@ -343,7 +370,7 @@ class Forecast:
 
 def forecast(spec: Spec, watcher: Watcher | None = None) -> Forecast:
     """Plan a run and write nothing."""
-    watcher = watcher or Watcher()
+    watcher = watcher or _Silent()
     watcher.step("reading the model's config")
     bound, weighed = survey(spec, watcher=watcher)
     cutter = _cutter(spec, bound)
@@ -400,7 +427,7 @@ def _write_part(job: _Job, plan: Plan, bound: Bound, part: Part, writer: store.W
         for places in cut:
             if job.stopping():
                 raise Stopped(f"{job.folder.root}: stopped before the end; the same command goes on with it")
-            batch = Batch(tuple(part.first + place for place in places), tuple(ids[place] for place in places))
+            batch = Batch(tuple(part.first + place for place in places), tuple(ids[place].tolist() for place in places))
             captured = engine.capture(bound.module, bound.sites, bound.feed, batch)
             writer.do(_put, shard, places, captured)
             job.watcher.batch(len(places), sum(batch.lengths))
@@ -423,7 +450,9 @@ def _circumstances(bound: Bound) -> dict[str, Any]:
     """With what, where and by whom the values were computed; none of it decides them."""
     import torch
 
-    slurm = {name: os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID") if name in os.environ}
+    slurm = {
+        name: os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID") if name in os.environ
+    }
     return {
         "versions": {name: version(name) for name in ("actdump", "torch", "transformers", "safetensors")},
         "python": platform.python_version(),

@@ -146,7 +146,10 @@ def _random(source: Source) -> nn.Module:
 
 def _loaded(source: Source) -> nn.Module:
     spec = source.spec
-    options: dict[str, Any] = {"dtype": "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype), "output_loading_info": True}
+    options: dict[str, Any] = {
+        "dtype": "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype),
+        "output_loading_info": True,
+    }
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
     if spec.device_map is not None:
@@ -268,7 +271,9 @@ def load_tokenizer(spec: TokenizerSpec, source: Source) -> Any | None:
         raise MissingError(f"tokenizer: none can be loaded from `{name}`: {_first_line(error)}") from error
 
 
-def tokenise(prompts: Iterable[Prompt], tokenizer: Any | None, spec: TokenizerSpec, source: Source) -> Iterator[tuple[Prompt, list[int]]]:
+def tokenise(
+    prompts: Iterable[Prompt], tokenizer: Any | None, spec: TokenizerSpec, source: Source
+) -> Iterator[tuple[Prompt, list[int]]]:
     """The token ids of each prompt, in order.
 
     Raises:
@@ -314,7 +319,9 @@ def _ids(prompt: Prompt, tokenizer: Any | None, spec: TokenizerSpec, limit: int 
     if tokenizer is None:
         raise SpecError(f"{prompt.where}: the model has no tokenizer, so `messages` cannot become tokens; give `input_ids`")
     if spec.chat_template is None and not getattr(tokenizer, "chat_template", None):
-        raise SpecError(f"{prompt.where}: the tokenizer has no chat template for `messages`; give `tokenizer: {{chat_template: …}}`")
+        raise SpecError(
+            f"{prompt.where}: the tokenizer has no chat template for `messages`; give `tokenizer: {{chat_template: …}}`"
+        )
     try:
         with _quiet():
             ids: list[int] = tokenizer.apply_chat_template(
@@ -336,4 +343,6 @@ def _check(prompt: Prompt, ids: Sequence[int], limit: int | None, vocabulary: in
         )
     if vocabulary is not None and not 0 <= min(ids) <= max(ids) < vocabulary:
         wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise SpecError(f"{prompt.where}: prompt `{prompt.id}` has the token id {wrong}; the vocabulary is 0 to {vocabulary - 1}")
+        raise SpecError(
+            f"{prompt.where}: prompt `{prompt.id}` has the token id {wrong}; the vocabulary is 0 to {vocabulary - 1}"
+        )

@@ -112,7 +112,9 @@ def _json_row(line: str, where: str, spec: PromptsSpec) -> Row:
 def _renamed_text(value: dict[str, Any], where: str, name: str) -> dict[str, Any]:
     """A row whose prompt is in the field that the user named."""
     if name not in value:
-        raise SpecError(f"{where}: there is no field `{name}`, which `prompts.text` names; there is {', '.join(value) or 'none'}")
+        raise SpecError(
+            f"{where}: there is no field `{name}`, which `prompts.text` names; there is {', '.join(value) or 'none'}"
+        )
     content = value[name]
     kind = "text"
     if isinstance(content, list):
@@ -145,7 +147,9 @@ class _Ids:
         if self.seen is not None:
             key = _hash(id)
             if key in self.seen:
-                raise SpecError(f"{where}: the id `{id}` is given twice; ids must differ (a prompt without an id has its number as id)")
+                raise SpecError(
+                    f"{where}: the id `{id}` is given twice; ids must differ (a prompt without an id has its number as id)"
+                )
             self.seen.add(key)
         return id
 

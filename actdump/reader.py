@@ -28,7 +28,11 @@ def open_dump(path: str | Path) -> "Dump":
     if not folder.root.is_dir():
         raise MissingError(f"{path}: there is no such folder")
     if not folder.manifest.is_file():
-        unfinished = "the dump in it is not finished; the run that made it goes on with it" if folder.plan.is_file() else "it holds no dump"
+        unfinished = (
+            "the dump in it is not finished; the run that made it goes on with it"
+            if folder.plan.is_file()
+            else "it holds no dump"
+        )
         raise MissingError(f"{path}: {unfinished} (there is no manifest.json)")
     try:
         return Dump(folder, manifest_from_json(json.loads(folder.manifest.read_bytes())))
@@ -90,7 +94,9 @@ class Dump:
         return iter(self.names)
 
     def __repr__(self) -> str:
-        return f"Dump({str(self.folder.root)!r}: {len(self)} prompts, {self.manifest.tokens} tokens, taps {', '.join(self.names)})"
+        return (
+            f"Dump({str(self.folder.root)!r}: {len(self)} prompts, {self.manifest.tokens} tokens, taps {', '.join(self.names)})"
+        )
 
     def shard_of(self, number: int) -> "_OpenShard":
         """The shard that holds a prompt, opened."""
@@ -301,7 +307,10 @@ def verify(dump: Dump) -> list[str]:
 def _structure(dump: Dump, shard: Shard) -> list[str]:
     opened = _OpenShard(dump.folder, shard)
     names = set(opened.file.keys())
-    wanted = {name for column in dump.manifest.columns for name in (column.name, column.name + OFFSETS)} | {TOKENS, TOKENS + OFFSETS}
+    wanted = {name for column in dump.manifest.columns for name in (column.name, column.name + OFFSETS)} | {
+        TOKENS,
+        TOKENS + OFFSETS,
+    }
     path = dump.folder.shard(shard.number)
     if names != wanted:
         return [f"{path}: holds {sorted(names ^ wanted)[:4]} more or less than planned"]

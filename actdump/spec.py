@@ -34,7 +34,18 @@ def _positive(value: int) -> int:
 
 Count = Annotated[int, AfterValidator(_positive)]
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
 
 
 def _bytes(value: Any) -> Any:
@@ -71,14 +82,20 @@ class ModelSpec(_Strict):
 
     name: str | None = Field(None, description="hub id or local folder")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    task: Literal["causal-lm", "masked-lm", "base"] | None = Field(None, description="which Auto class; default from the config")
+    task: Literal["causal-lm", "masked-lm", "base"] | None = Field(
+        None, description="which Auto class; default from the config"
+    )
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto: an accelerator where there is one")
     attn_implementation: str | None = Field(None, description="eager, sdpa, flash_attention_2 …")
     gguf_file: str | None = Field(None, description="a GGUF file in the folder or repository")
-    device_map: str | dict[str, int | str] | None = Field(None, description="spread over devices by accelerate, as in from_pretrained")
+    device_map: str | dict[str, int | str] | None = Field(
+        None, description="spread over devices by accelerate, as in from_pretrained"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
-    config: str | dict[str, Any] | None = Field(None, description="random weights from this config (a mapping with model_type, or a folder)")
+    config: str | dict[str, Any] | None = Field(
+        None, description="random weights from this config (a mapping with model_type, or a folder)"
+    )
     seed: int = Field(0, description="the seed of random weights")
 
     @model_validator(mode="after")
@@ -125,7 +142,9 @@ class Row(BaseModel):
     def _one_content(self) -> Self:
         given = [name for name in ("text", "messages", "input_ids") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"a prompt needs exactly one of `text`, `messages` and `input_ids`; this has {' and '.join(given) or 'none'}")
+            raise ValueError(
+                f"a prompt needs exactly one of `text`, `messages` and `input_ids`; this has {' and '.join(given) or 'none'}"
+            )
         if not getattr(self, given[0]) or (self.text is not None and not self.text.strip()):
             raise ValueError("an empty prompt; remove it, or say what it should be")
         return self
@@ -205,9 +224,13 @@ SaveEntry = Annotated[SaveSpec, BeforeValidator(_text_of("address"), json_schema
 
 def _save(value: Any) -> Any:
     if isinstance(value, str):
-        raise ValueError(f"must be a list of addresses, or a mapping of names to addresses; write `- {value}` on a line of its own")
+        raise ValueError(
+            f"must be a list of addresses, or a mapping of names to addresses; write `- {value}` on a line of its own"
+        )
     if isinstance(value, Mapping):
-        return [{"name": name, **(entry if isinstance(entry, Mapping) else {"address": entry})} for name, entry in value.items()]
+        return [
+            {"name": name, **(entry if isinstance(entry, Mapping) else {"address": entry})} for name, entry in value.items()
+        ]
     return value
 
 
@@ -221,7 +244,9 @@ class BatchSpec(_Strict):
 class ShardSpec(_Strict):
     """How large a shard may be: the unit of work, and what an interruption can lose."""
 
-    size: Annotated[Count, BeforeValidator(_bytes, json_schema_input_type=int | str)] = Field(10**9, description="bytes, or 1 GB")
+    size: Annotated[Count, BeforeValidator(_bytes, json_schema_input_type=int | str)] = Field(
+        10**9, description="bytes, or 1 GB"
+    )
     tokens: Count = Field(262_144, description="tokens in a shard")
 
 
@@ -235,8 +260,12 @@ class Spec(_Strict):
         list[SaveEntry],
         BeforeValidator(_save, json_schema_input_type=list[SaveEntry] | dict[str, str | SaveSpec]),
     ]
-    tokens: Selected = Field(None, description="which tokens to keep where a tap does not say: all, first, last, mean, positions, a slice")
-    dtype: StorageType | None = Field(None, description="storage type of floating point taps that name none; default: as computed")
+    tokens: Selected = Field(
+        None, description="which tokens to keep where a tap does not say: all, first, last, mean, positions, a slice"
+    )
+    dtype: StorageType | None = Field(
+        None, description="storage type of floating point taps that name none; default: as computed"
+    )
     batch: BatchSpec = BatchSpec()
     shard: ShardSpec = ShardSpec()
     output: str | None = Field(None, description="the folder to write")
@@ -329,7 +358,7 @@ class _Document:
             message += "; YAML does not allow tabs for indentation"
         return message
 
-    def _value(self, node: yaml.Node, where: Where) -> Any:
+    def _value(self, node: Any, where: Where) -> Any:
         self.lines[where] = f"{self.name}:{node.start_mark.line + 1}"
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, where)
@@ -341,7 +370,9 @@ class _Document:
         seen: dict[str, int] = {}
         for key, _ in node.value:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                self._mistake(f"{self.name}:{key.start_mark.line + 1}", f"`{key.value}` is given twice, first on line {seen[key.value]}")
+                self._mistake(
+                    f"{self.name}:{key.start_mark.line + 1}", f"`{key.value}` is given twice, first on line {seen[key.value]}"
+                )
             seen[key.value] = key.start_mark.line + 1
         yaml.constructor.SafeConstructor().flatten_mapping(node)
         mapping: dict[str, Any] = {}
@@ -350,7 +381,7 @@ class _Document:
             self.lines[(*where, key.value)] = f"{self.name}:{key.start_mark.line + 1}"
         return mapping
 
-    def _scalar(self, node: yaml.Node, where: Where) -> Any:
+    def _scalar(self, node: Any, where: Where) -> Any:
         text = node.value
         if where[:1] != ("prompts",) or where[1:2] in (("file",), ("limit",), ("format",)):
             text = self._substituted(text, where)
@@ -364,7 +395,9 @@ class _Document:
                 return found[0][1:]
             given = self.environment.get(found[1])
             if given is None and found[2] is None:
-                self._mistake(self.lines[where], f"${{{found[1]}}} is not set in the environment; give a default with ${{{found[1]}:-…}}")
+                self._mistake(
+                    self.lines[where], f"${{{found[1]}}} is not set in the environment; give a default with ${{{found[1]}:-…}}"
+                )
             return given if given else found[2] or ""
 
         return re.sub(r"\$?\$\{(\w+)(?::-([^}]*))?\}", value, text)
@@ -400,7 +433,10 @@ class _Document:
     def _at(self, where: Where) -> Any:
         data = self.data
         for key in where:
-            data = data.get(key) if isinstance(data, dict) else data[key] if isinstance(data, list) and key in range(len(data)) else None
+            if isinstance(data, list) and isinstance(key, int) and key < len(data):
+                data = data[key]
+            else:
+                data = data.get(key) if isinstance(data, dict) else None
         return data
 
     def checked(self) -> Spec:
@@ -413,7 +449,7 @@ class _Document:
         except ValidationError as error:
             for each in error.errors():
                 where = self._place(each["loc"])
-                self._mistake(self._line(where), _said(each, where, self.data))
+                self._mistake(self._line(where), _said(each, where))
         if self.mistakes or spec is None:
             raise SpecError("\n".join(dict.fromkeys(f"{line}: {text}" for line, text in self.mistakes)))
         return spec
@@ -444,13 +480,13 @@ class _Document:
 
 def _plain_scalar(text: str) -> Any:
     """An unquoted scalar by YAML's rules, without its base-60 numbers (`2:5` is a slice) and dates (`2024-01-01` is an id)."""
-    tag = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))
+    tag: str = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call] # its stubs say nothing
     if tag.endswith((":timestamp", ":merge", ":value")) or (":" in text and tag.endswith((":int", ":float"))):
         return text
     return yaml.constructor.SafeConstructor().construct_object(yaml.ScalarNode(tag, text))
 
 
-def _data(node: yaml.Node | None) -> Any:
+def _data(node: Any) -> Any:
     if isinstance(node, yaml.MappingNode):
         return {key.value: _data(entry) for key, entry in node.value}
     if isinstance(node, yaml.SequenceNode):
@@ -461,7 +497,15 @@ def _data(node: yaml.Node | None) -> Any:
 
 
 def _kind(value: Any) -> str:
-    names = {bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list", dict: "a mapping", type(None): "nothing"}
+    names = {
+        bool: "true/false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "a mapping",
+        type(None): "nothing",
+    }
     return names.get(type(value), type(value).__name__)
 
 
@@ -475,7 +519,7 @@ _EXPECTED = {
 }  # fmt: skip
 
 
-def _said(error: Any, where: Where, data: Any) -> str:
+def _said(error: Any, where: Where) -> str:
     """One of pydantic's complaints in our words."""
     key = ".".join(str(part) for part in where if isinstance(part, str)) or "the spec"
     kind = error["type"]
@@ -504,5 +548,5 @@ def model_spec(name: str, options: Mapping[str, Any]) -> ModelSpec:
     try:
         return ModelSpec.model_validate({"name": name, **options})
     except ValidationError as error:
-        said = (_said(each, ("model", *each["loc"]), {}) for each in error.errors())
+        said = (_said(each, ("model", *each["loc"])) for each in error.errors())
         raise UsageError("\n".join(said)) from None

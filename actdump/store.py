@@ -11,14 +11,12 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Self
 
 from actdump.errors import DataError, OccupiedError, StorageError
 from actdump.format import (
@@ -38,6 +36,11 @@ from actdump.format import (
 )
 from actdump.inputs import sha256 as file_sha256
 from actdump.plan import Column, Cutter, Part, Plan
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
 
 AHEAD = 2  # batches that may wait for the writer
 
@@ -151,7 +154,9 @@ def check_free(folder: Folder, *, overwrite: bool) -> None:
         foreign = [path.name for path in root.iterdir() if not folder.written_by_us(path)]
         ours = folder.plan.exists()
         if foreign and not ours and not overwrite:
-            raise OccupiedError(f"{root} holds other things ({', '.join(sorted(foreign)[:3])}); choose an empty or a new folder")
+            raise OccupiedError(
+                f"{root} holds other things ({', '.join(sorted(foreign)[:3])}); choose an empty or a new folder"
+            )
         if not ours and any(path.exists() for path in (folder.manifest, folder.prompts, folder.shards)):
             raise OccupiedError(f"{root} holds files with the names of a dump's, but no plan.json; choose another folder")
     ancestor = _standing_place(root)
@@ -169,7 +174,9 @@ def check_space(folder: Folder, needed: int) -> None:
     """
     free = free_space(folder.root)
     if needed > free:
-        raise StorageError(f"{folder.root}: the dump needs {needed:,} bytes, and {free:,} are free; make room, or choose another folder")
+        raise StorageError(
+            f"{folder.root}: the dump needs {needed:,} bytes, and {free:,} are free; make room, or choose another folder"
+        )
 
 
 def free_space(path: Path) -> int:
@@ -271,11 +278,17 @@ class Intake:
 
 def has_tokens(folder: Folder, plan: Plan) -> bool:
     """Whether the spooled token ids of the plan's prompts are there, whole."""
-    return folder.tokens.is_file() and folder.tokens.stat().st_size == 4 * (plan.tokens + plan.prompts) and folder.prompts.is_file()
+    return (
+        folder.tokens.is_file()
+        and folder.tokens.stat().st_size == 4 * (plan.tokens + plan.prompts)
+        and folder.prompts.is_file()
+    )
 
 
-def part_tokens(folder: Folder, plan: Plan, part: Part) -> list[np.ndarray]:
+def part_tokens(folder: Folder, plan: Plan, part: Part) -> "list[Array]":
     """The token ids of each prompt of a part."""
+    import numpy as np
+
     before = sum(earlier.tokens + earlier.prompts for earlier in plan.parts[: part.number])
     words = np.fromfile(folder.tokens, dtype="<i4", count=part.tokens + part.prompts, offset=4 * before)
     prompts, place = [], 0
@@ -292,7 +305,9 @@ def part_tokens(folder: Folder, plan: Plan, part: Part) -> list[np.ndarray]:
 class Pending:
     """A shard being written: header first, rows at their final places as they come, then sealed or discarded."""
 
-    def __init__(self, folder: Folder, plan: Plan, part: Part, ids: Sequence[np.ndarray]) -> None:
+    def __init__(self, folder: Folder, plan: Plan, part: Part, ids: "Sequence[Array]") -> None:
+        import numpy as np
+
         lengths = [len(prompt) for prompt in ids]
         self.folder, self.plan, self.part = folder, plan, part
         self.final = folder.shard(part.number)
@@ -309,7 +324,9 @@ class Pending:
             self.discard()
             raise
 
-    def _begin(self, ids: Sequence[np.ndarray]) -> None:
+    def _begin(self, ids: "Sequence[Array]") -> None:
+        import numpy as np
+
         try:
             os.posix_fallocate(self.descriptor, 0, self.layout.size)
         except OSError as error:
@@ -321,10 +338,10 @@ class Pending:
             self._place(TOKENS, np.concatenate(ids).astype("<i4"))
             self._place(TOKENS + OFFSETS, np.cumsum([0, *self.lengths], dtype=np.int64))
 
-    def _place(self, name: str, values: np.ndarray) -> None:
+    def _place(self, name: str, values: "Array") -> None:
         _write(self.descriptor, values.tobytes(), self.layout.tensors[name].start)
 
-    def put(self, places: Sequence[int], buffers: Iterable[np.ndarray]) -> None:
+    def put(self, places: Sequence[int], buffers: "Iterable[Array]") -> None:
         """Write the rows of one batch: for each column, the bytes of all its prompts one after another.
 
         Args:
@@ -332,9 +349,9 @@ class Pending:
         """
         with storage(self.hidden):
             for column, offsets, buffer in zip(self.plan.columns, self.offsets, buffers, strict=True):
-                self._put(column, offsets, places, memoryview(buffer))
+                self._put(column, offsets, places, buffer.data)
 
-    def _put(self, column: Column, offsets: np.ndarray, places: Sequence[int], view: memoryview) -> None:
+    def _put(self, column: Column, offsets: "Array", places: Sequence[int], view: memoryview) -> None:
         start, size = self.layout.tensors[column.name].start, column.layout.row_bytes
         taken = 0
         for place in places:
@@ -354,22 +371,24 @@ class Pending:
             _flush_folder(self.final.parent)
         part = self.part
         rows = {column.name: int(offsets[-1]) for column, offsets in zip(self.plan.columns, self.offsets, strict=True)}
-        shard = Shard(part.number, self.plan.digest, part.first, part.prompts, part.tokens, self.layout.size, digest, rows, written)
+        shard = Shard(
+            part.number, self.plan.digest, part.first, part.prompts, part.tokens, self.layout.size, digest, rows, written
+        )
         write_atomically(self.folder.record(part.number), _json(shard_to_json(shard)))
         return shard
 
     def discard(self) -> None:
         """Forget the shard; nothing of it stays. Harmless on a sealed one."""
-        try:
+        with suppress(OSError):
             os.close(self.descriptor)
-        except OSError:
-            pass
         self.hidden.unlink(missing_ok=True)
 
 
 def metadata(plan: Plan, part: Part) -> dict[str, str]:
     """What a shard says of itself, for whoever opens it with the safetensors library alone."""
-    about = "activations: for each tap `name`, rows of consecutive prompts; prompt i has rows name.offsets[i] to name.offsets[i+1]"
+    about = (
+        "activations: for each tap `name`, rows of consecutive prompts; prompt i has rows name.offsets[i] to name.offsets[i+1]"
+    )
     names = {column.name: [column.resolved, *map(str, column.axes)] for column in plan.columns}
     return {
         "actdump": f"format {VERSION}: {about}",

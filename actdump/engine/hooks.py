@@ -15,7 +15,7 @@ class Stop(BaseException):
     """Ends a forward when every site has fired. Never leaves this package."""
 
 
-class Unfit(Exception):  # noqa: N818 (a reason, which becomes a Fault or an error)
+class Unfit(Exception):
     """Why a tap cannot be captured, in words."""
 
 

@@ -135,7 +135,9 @@ def _labelled(site: Site, tokens: Selection | None, dtype: str | None, alone: li
             raise Unfit(_not_a_tensor(value, alone[call]))
         axes = _axes(tuple(value.shape), tuple(other.shape))
         shape, dropped, least = _one_prompt(axes, index)
-        bound = replace(site, axes=axes, shape=shape, index=index, dropped=dropped, fewest=least, calls=len(alone), form=form(alone[call]))
+        bound = replace(
+            site, axes=axes, shape=shape, index=index, dropped=dropped, fewest=least, calls=len(alone), form=form(alone[call])
+        )
         tap = bound.tap if bound.tap.tokens is not None else replace(bound.tap, tokens=tokens)
         if site.tap.tokens not in (None, "all") and bound.token_axis is None:
             raise Unfit(f"it has no token axis to select from: {shape_text(axes)}")
