@@ -484,7 +484,7 @@ def test_several_prompts_each_as_if_alone(modules, name):
 
 
 def test_several_prompts_are_probed_once_and_cut_into_batches(model, gpt2, monkeypatch):
-    monkeypatch.setattr("actdump.tracing.BUDGET", Budget(tokens=8))
+    monkeypatch.setattr("actdump.tracing.tracer.BUDGET", Budget(tokens=8))
     shapes = []
     watch = gpt2.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True

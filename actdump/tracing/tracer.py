@@ -1,0 +1,183 @@
+"""A block: its input, the taps saved in it, and the forward at its end."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from inspect import signature
+from types import TracebackType
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from actdump.address import Address, Tap
+from actdump.engine import Feed, Site, bind, capture, capture_whole, feed_for, probe, values
+from actdump.errors import AddressError, TraceError, UsageError
+from actdump.plan import Batch, Budget, batches
+from actdump.tracing.values import Saved
+
+BUDGET = Budget(tokens=4096)  # padded tokens that several prompts of one trace share in a forward
+
+
+@dataclass
+class Traced:
+    """What the references to one model share.
+
+    Attributes:
+        open: the block that is open, if one is.
+        calls: how often a module ran in a forward on that kind of input, once counted.
+        probed: sites with their axes, and whether padding needs a mask for them, by address, call and kind of arithmetic.
+    """
+
+    module: nn.Module
+    tokenizer: Any = None
+    open: "Tracer | None" = None
+    calls: dict[tuple[object, ...], int] = field(default_factory=dict)
+    probed: dict[tuple[object, ...], tuple[Site, bool]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """The arguments of one forward. Forwards of one kind are taken to run the same modules equally often."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    kind: object
+
+
+_Prompts = list[Sequence[int]]
+
+
+def work(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Forward | _Prompts:
+    if not args and not kwargs:
+        raise UsageError("trace needs an input: a prompt, a list of prompts, token ids, or the model's own arguments")
+    given = args[0] if args else None
+    takes_ids = "input_ids" in signature(traced.module.forward).parameters
+    if takes_ids and len(args) == 1 and isinstance(given, Tensor) and given.ndim != 1:
+        given = {"input_ids": given}
+    if isinstance(given, Mapping) and len(args) == 1:
+        return _own((), {**given, **kwargs})
+    texts = isinstance(given, str) or (isinstance(given, list) and any(isinstance(entry, str) for entry in given))
+    if not texts and not (takes_ids and isinstance(given, list | Tensor)):
+        return _own(args, kwargs)
+    if len(args) > 1 or kwargs:
+        raise UsageError("prompts stand alone in trace; to pass further arguments, pass all of them: `input_ids=…`, …")
+    if isinstance(given, list) and not all(isinstance(entry, int) for entry in given):
+        return [_ids(traced, prompt, f"prompt {number}") for number, prompt in enumerate(given)]
+    ids = torch.tensor([_ids(traced, given, "the prompt")])
+    return _Forward((), _feed(traced).arguments(ids, None), "prompt")
+
+
+def _own(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Forward:
+    return _Forward(args, kwargs, tuple((name, _likeness(value)) for name, value in [*enumerate(args), *kwargs.items()]))
+
+
+def _likeness(value: object) -> object:
+    """What of an argument is taken to decide which modules run, and how often."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    return value if isinstance(value, int | float | str | None) else type(value)
+
+
+def _ids(traced: Traced, prompt: Any, which: str) -> Sequence[int]:
+    if isinstance(prompt, str) and prompt:
+        if traced.tokenizer is None:
+            raise UsageError(f"{which} is a string, but the model has no tokenizer: pass token ids, or wrap(module, tokenizer)")
+        prompt = traced.tokenizer(prompt)["input_ids"]
+    ids = prompt.tolist() if isinstance(prompt, Tensor) and prompt.ndim == 1 else prompt
+    if isinstance(ids, str | list | tuple) and not ids:
+        raise UsageError(f"{which} is empty; a model needs at least one token")
+    if not isinstance(ids, list | tuple) or not all(isinstance(entry, int) for entry in ids):
+        raise UsageError(f"{which} is neither a string nor token ids: {prompt!r}")
+    return ids
+
+
+def _feed(traced: Traced) -> Feed:
+    return feed_for(traced.module, getattr(traced.tokenizer, "pad_token_id", None))
+
+
+class Tracer:
+    """A `trace` block: collects taps while it is open, and runs the model when it ends.
+
+    Raises:
+        TraceError: the model is being traced already.
+    """
+
+    def __init__(self, traced: Traced, work: _Forward | _Prompts) -> None:
+        self.traced = traced
+        self.over = False
+        self._work = work
+        self._saved: dict[Tap, Saved] = {}
+
+    def keep(self, address: Address, call: int | None) -> Saved:
+        """Register a tap; the same place saved twice is one `Saved`."""
+        name = str(address) if call is None else f"{address} (call {call})"
+        return self._saved.setdefault(Tap(name, address, call=call), Saved(self, name))
+
+    def __enter__(self) -> Self:
+        if self.traced.open is not None or self.over:
+            raise TraceError("this model is being traced already: end one `trace` block before the next")
+        self.traced.open = self
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self.traced.open = None
+        self.over = True
+        saved, self._saved = self._saved, {}
+        if kind is not None or not saved:
+            return
+        run = _run_whole if isinstance(self._work, _Forward) else _run_each
+        for each, value in zip(saved.values(), run(self.traced, cast(Any, self._work), list(saved)), strict=True):
+            each.fill(value)
+
+
+def _run_whole(traced: Traced, forward: _Forward, taps: Sequence[Tap]) -> list[Any]:
+    """The values as the modules hold them, of one forward."""
+    sites = bind(traced.module, taps)
+    keys = [(tap.address.module, forward.kind) for tap in taps]
+    counted = [replace(site, calls=traced.calls.get(key)) for site, key in zip(sites, keys, strict=True)]
+    kept, calls = capture_whole(traced.module, counted, forward.args, forward.kwargs)
+    traced.calls.update(zip(keys, calls, strict=True))
+    return kept
+
+
+def _run_each(traced: Traced, prompts: _Prompts, taps: Sequence[Tap]) -> list[list[Tensor]]:
+    """For each tap, the value of each prompt as it would be alone."""
+    sites, feed = _probed(traced, taps)
+    found: list[list[Any]] = [[None] * len(prompts) for _ in sites]
+    for places in batches(list(map(len, prompts)), BUDGET):
+        batch = Batch(tuple(places), tuple(prompts[place] for place in places))
+        captured = capture(traced.module, sites, feed, batch, land=False)
+        captured.wait()
+        for site, rows, kept in zip(sites, captured.rows, found, strict=True):
+            for place, value in zip(places, values(site, rows, batch.lengths), strict=True):
+                kept[place] = (value if site.dropped is None else value.unsqueeze(site.dropped)).clone()
+    return found
+
+
+def _probed(traced: Traced, taps: Sequence[Tap]) -> tuple[list[Site], Feed]:
+    for tap in taps:
+        if tap.address.port in ("inputs", "outputs") and not tap.address.items:
+            raise TraceError(
+                f"`{tap.address}` is a structure, which cannot be cut into several prompts: name one tensor in it, such as "
+                f"`{tap.address}[0][0]`, or trace the prompts one by one"
+            )
+    feed = _feed(traced)
+    kind = _arithmetic(traced.module, feed)
+    new = [tap for tap in taps if (tap, kind) not in traced.probed]
+    if new:
+        found = probe(traced.module, bind(traced.module, new), feed)
+        try:
+            bound = found.sites
+        except AddressError as error:
+            hint = "\nThe model is in training mode, in which dropout changes values: call `model.eval()` first"
+            raise AddressError(f"{error}{hint * traced.module.training}") from None
+        traced.probed.update({(tap, kind): (site, found.feed.masked) for tap, site in zip(new, bound, strict=True)})
+    sites, masked = zip(*(traced.probed[tap, kind] for tap in taps), strict=True)
+    return list(sites), replace(feed, masked=any(masked))
+
+
+def _arithmetic(module: nn.Module, feed: Feed) -> tuple[object, ...]:
+    """What decides the types of values: a probe holds as long as it stays the same."""
+    device = feed.device.type
+    auto = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), None), auto, module.training
