@@ -126,7 +126,7 @@ def load(source: Source) -> nn.Module:
     spec = source.spec
     device = pick_device(spec.device)
     if device.type == "cpu":
-        _avoid_faulty_amx()
+        avoid_faulty_amx()
     if spec.config is not None:
         torch.manual_seed(spec.seed)
         model = _random(source)
@@ -193,7 +193,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _avoid_faulty_amx() -> None:
+def avoid_faulty_amx() -> None:
     """Keep oneDNN from AMX where the CPU says that it has it and faults on it, as some virtual machines do.
 
     Shown by one small product in a child process. oneDNN reads the variable at its first use:
