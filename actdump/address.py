@@ -355,7 +355,8 @@ def parse_selection(value: object) -> Selection:
     if isinstance(value, list) and value and all(type(entry) is int for entry in value):
         return tuple(value)
     raise AddressError(
-        f'`{value}` does not select tokens; use all, first, last, mean, a list of positions such as [0, -1], or a slice such as "2:5"'
+        f"`{value}` does not select tokens; use all, first, last, mean, "
+        'a list of positions such as [0, -1], or a slice such as "2:5"'
     )
 
 

@@ -197,8 +197,8 @@ def _rows(site: Site, value: Any, padded: Padded) -> Tensor:
     shape = len(padded.lengths), padded.width
     if not isinstance(value, Tensor) or not fits(site, value, shape):
         raise DataError(
-            f"{site.tap.name}: the probe found {shape_text(site.axes or ())}, but for {shape[0]} prompts of {shape[1]} tokens it is "
-            f"{described(value)}"
+            f"{site.tap.name}: the probe found {shape_text(site.axes or ())}, but for {shape[0]} prompts of "
+            f"{shape[1]} tokens it is {described(value)}"
         )
     if site.rowwise:
         return _gathered(site, value, padded)

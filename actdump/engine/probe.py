@@ -315,8 +315,8 @@ def _verified(run: Site | Fault, alone: Tensor | None, batch: Tensor | None) -> 
     if unlike := _unlikeness(alone, batch):
         return Fault(
             run.tap,
-            f"{shape_text(run.axes or ())} cut out of a padded batch is not the value of the prompt run alone ({unlike}); its order, or "
-            "its dependence on the other prompts, cannot be undone. `batch: {prompts: 1}` runs every prompt alone",
+            f"{shape_text(run.axes or ())} cut out of a padded batch is not the value of the prompt run alone ({unlike}); "
+            "its order, or its dependence on the other prompts, cannot be undone. `batch: {prompts: 1}` runs every prompt alone",
         )
     return run
 

@@ -144,7 +144,8 @@ def feed_for(model: nn.Module, pad: int | None = None) -> Feed:
     parameters = signature(model.forward).parameters
     if "input_ids" not in parameters:
         raise UsageError(
-            f"{type(model).__name__} takes {', '.join(parameters) or 'no arguments'}, not `input_ids`, so it cannot be run on prompts"
+            f"{type(model).__name__} takes {', '.join(parameters) or 'no arguments'}, not `input_ids`, "
+            "so it cannot be run on prompts"
         )
     embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
     config = getattr(model, "config", None)
