@@ -1,7 +1,7 @@
 """What a person sees: progress, tables, sizes. Results go to stdout, everything else to stderr."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -125,17 +125,33 @@ def _address(column: Column) -> str:
     return "" if column.name == column.address else column.address
 
 
+def _taps_table(rows: Iterable[Mapping[str, str]]) -> Table:
+    """A table of taps; a column in which nothing stands is left out."""
+    listed = list(rows)
+    headings = [heading for heading in listed[0] if any(row[heading] for row in listed)]
+    table = _plain_table(*headings, right=("rows", "bytes"))
+    for row in listed:
+        table.add_row(*(Text(row[heading]) for heading in headings))
+    return table
+
+
 def forecast_table(forecast: "Forecast") -> Table:
     """What `check` shows of every tap."""
-    plan = forecast.plan
-    table = _plain_table("tap", "address", "module", "axes", "a prompt", "dtype", "rows", "bytes", right=("rows", "bytes"))
-    for column in plan.columns:
+
+    def row(column: Column) -> dict[str, str]:
         rows, count = _rows_and_bytes(forecast, column)
-        axes = "(" + ", ".join(column.axes) + ")"
-        table.add_row(
-            column.name, _address(column), column.module, axes, _shape(column), column.layout.dtype, f"{rows:,}", f"{count:,}"
-        )
-    return table
+        return {
+            "tap": column.name,
+            "address": _address(column),
+            "module": column.module,
+            "axes": "(" + ", ".join(column.axes) + ")",
+            "a prompt": _shape(column),
+            "dtype": column.layout.dtype,
+            "rows": f"{rows:,}",
+            "bytes": f"{count:,}",
+        }
+
+    return _taps_table(map(row, forecast.plan.columns))
 
 
 def _rows_and_bytes(forecast: "Forecast", column: Column) -> tuple[int, int]:
@@ -161,14 +177,21 @@ def forecast_json(forecast: "Forecast", free: int) -> dict[str, Any]:
 
 def manifest_table(manifest: Manifest) -> Table:
     """What `show` says of every tap."""
-    table = _plain_table("tap", "address", "module", "tokens", "a prompt", "dtype", "rows", "bytes", right=("rows", "bytes"))
-    for column in manifest.columns:
+
+    def row(column: Column) -> dict[str, str]:
         rows = sum(shard.rows[column.name] for shard in manifest.shards)
-        count = size(rows * column.layout.row_bytes)
-        table.add_row(
-            column.name, _address(column), column.module, column.tokens, _shape(column), column.layout.dtype, f"{rows:,}", count
-        )
-    return table
+        return {
+            "tap": column.name,
+            "address": _address(column),
+            "module": column.module,
+            "tokens": column.tokens,
+            "a prompt": _shape(column),
+            "dtype": column.layout.dtype,
+            "rows": f"{rows:,}",
+            "bytes": size(rows * column.layout.row_bytes),
+        }
+
+    return _taps_table(map(row, manifest.columns))
 
 
 def facts_table(rows: Iterable[tuple[str, str]]) -> Table:

@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -193,6 +193,17 @@ def bind(spec: Spec, source: "Source", module: "nn.Module") -> Bound:
     sites = engine.bind(module, [entry.tap for entry in spec.save], named=[entry.name is not None for entry in spec.save])
     probe = engine.probe(module, sites, engine.feed_for(module), tokens=spec.selection, dtype=spec.dtype)
     return Bound(source, module, probe.feed, probe.sites)
+
+
+def _bind_early(spec: Spec, source: "Source") -> None:
+    """Find wrong addresses before the weights are loaded, where the model class can be made without them."""
+    from actdump import engine, model
+
+    try:
+        skeleton = model.skeleton(source)
+    except UsageError:
+        return  # loading will say what is wrong, if anything is
+    engine.bind(skeleton, [entry.tap for entry in spec.save], named=[entry.name is not None for entry in spec.save])
 
 
 def survey(spec: Spec, *, watcher: Watcher | None = None) -> tuple[Bound, bool]:
@@ -404,24 +415,23 @@ def _write_parts(job: _Job, plan: Plan, bound: Bound) -> Outcome:
     waiting = [part for part in plan.parts if part not in finished]
     store.check_space(folder, sum(part.bytes for part in waiting))
     job.watcher.planned(plan, finished)
-    with store.Writer() as writer, ExitStack() as pending:
+    with store.Pendings() as pendings, store.Writer() as writer:  # the writer ends before what it writes to is closed
         for part in waiting:
-            _write_part(job, plan, bound, part, writer, pending)
+            _write_part(job, plan, bound, part, writer, pendings)
         writer.finish()
     made = {**_circumstances(bound), "started": job.started, "finished": _now(), "seconds": round(monotonic() - job.began, 3)}
     manifest = store.seal(folder, plan, made)
     return Outcome("done", manifest, folder.manifest, monotonic() - job.began)
 
 
-def _write_part(job: _Job, plan: Plan, bound: Bound, part: Part, writer: store.Writer, pending: ExitStack) -> None:
+def _write_part(job: _Job, plan: Plan, bound: Bound, part: Part, writer: store.Writer, pendings: store.Pendings) -> None:
     """Capture a part batch by batch, and hand its rows to the writer, which seals the shard after the last."""
     import torch
 
     from actdump import engine
 
     ids = store.part_tokens(job.folder, plan, part)
-    shard = store.Pending(job.folder, plan, part, ids)
-    pending.callback(shard.discard)
+    shard = pendings.begin(job.folder, plan, part, ids)
     cut = batches([len(prompt) for prompt in ids], plan.budget)
     with torch.inference_mode():
         for places in cut:

@@ -11,7 +11,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -314,6 +314,7 @@ class Pending:
         self.hidden = temporary(self.final, os.getpid())
         self.layout = shard_layout(plan.columns, lengths, metadata(plan, part))
         self.lengths = lengths
+        self.closed = False
         self.offsets = [np.cumsum([0, *map(column.layout.rows, lengths)], dtype=np.int64) for column in plan.columns]
         with storage(self.hidden):
             folder.shards.mkdir(exist_ok=True)
@@ -366,7 +367,7 @@ class Pending:
         with storage(self.final):
             os.fsync(self.descriptor)
             digest = file_sha256(self.hidden)
-            os.close(self.descriptor)
+            self._close()
             os.replace(self.hidden, self.final)
             _flush_folder(self.final.parent)
         part = self.part
@@ -379,9 +380,32 @@ class Pending:
 
     def discard(self) -> None:
         """Forget the shard; nothing of it stays. Harmless on a sealed one."""
-        with suppress(OSError):
-            os.close(self.descriptor)
+        self._close()
         self.hidden.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            os.close(self.descriptor)
+
+
+class Pendings:
+    """The shards being written; those that are not sealed when the block ends are discarded."""
+
+    def __init__(self) -> None:
+        self._open: list[Pending] = []
+
+    def begin(self, folder: Folder, plan: Plan, part: Part, ids: "Sequence[Array]") -> Pending:
+        """Begin the shard of a part."""
+        self._open = [*(shard for shard in self._open if not shard.closed), Pending(folder, plan, part, ids)]
+        return self._open[-1]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for shard in self._open:
+            shard.discard()
 
 
 def metadata(plan: Plan, part: Part) -> dict[str, str]:
