@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from actdump.errors import ActdumpError, DataError, UsageError
+from actdump.errors import ActdumpError, DataError, MissingError, UsageError
 
 if TYPE_CHECKING:
     from actdump.spec import Spec
@@ -58,6 +58,15 @@ def _quit(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+@contextmanager
+def _located(spec: "Spec") -> Iterator[None]:
+    """Give errors about a spec's taps, prompts and keys the file and line where they stand."""
+    try:
+        yield
+    except (UsageError, MissingError, DataError) as error:
+        raise type(error)(spec.located(str(error))) from error
+
+
 def _load(path: Path, sets: list[str] | None, limit: int | None) -> "Spec":
     from actdump import spec
 
@@ -85,10 +94,11 @@ def run(
     with _quitting():
         loaded = _load(spec, sets, limit)
         root = _root(loaded, output)
-        if dry_run:
-            _show_forecast(loaded, root, as_json, quiet)
-            return
-        _run(loaded, root, overwrite, as_json, quiet)
+        with _located(loaded):
+            if dry_run:
+                _show_forecast(loaded, root, as_json, quiet)
+            else:
+                _run(loaded, root, overwrite, as_json, quiet)
 
 
 def _run(spec: "Spec", root: Path, overwrite: bool, as_json: bool, quiet: bool) -> None:
@@ -117,7 +127,8 @@ def check(spec: SpecFile, output: Output = None, sets: Sets = None, limit: Limit
     with _quitting():
         loaded = _load(spec, sets, limit)
         root = output or (Path(loaded.output).expanduser() if loaded.output else Path())
-        _show_forecast(loaded, root, as_json, quiet=False)
+        with _located(loaded):
+            _show_forecast(loaded, root, as_json, quiet=False)
 
 
 def _show_forecast(spec: "Spec", root: Path, as_json: bool, quiet: bool) -> None:

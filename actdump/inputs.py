@@ -61,7 +61,7 @@ def of(spec: Spec, stdin: Path | None = None) -> Inputs:
     """
     files: dict[str, Path] = {}
     if spec.prompts.file is not None:
-        files["prompts"] = stdin if spec.prompts.file == "-" and stdin is not None else Path(spec.prompts.file).expanduser()
+        files["prompts"] = stdin if spec.prompts.file == "-" and stdin is not None else _prompt_file(spec.prompts.file)
     if (local := spec.model.folder) is not None:
         files |= {f"model/{path.name}": path for path in _model_files(local, spec.model.gguf_file)}
     if spec.tokenizer.name is not None and (folder := Path(spec.tokenizer.name).expanduser()).is_dir():
@@ -69,6 +69,15 @@ def of(spec: Spec, stdin: Path | None = None) -> Inputs:
             f"tokenizer/{path.name}": path for path in _model_files(folder, None) if path.suffix not in (".safetensors", ".bin")
         }
     return Inputs(files)
+
+
+def _prompt_file(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise MissingError(f"prompts: `{name}` is a folder, not a file")
+    if name != "-" and not path.exists():
+        raise MissingError(f"prompts: there is no file `{name}`")
+    return path
 
 
 def _model_files(folder: Path, gguf: str | None) -> list[Path]:

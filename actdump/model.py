@@ -14,12 +14,13 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from actdump.errors import MissingError, SpecError, UsageError, did_you_mean
+from actdump.errors import DataError, MissingError, SpecError, UsageError, did_you_mean
 from actdump.prompts import Prompt
 from actdump.spec import ModelSpec, TokenizerSpec
 
@@ -236,8 +237,11 @@ def _loading(spec: ModelSpec) -> Iterator[None]:
     name = spec.source or "config"
     try:
         yield
+    except SafetensorError as error:
+        raise DataError(f"model: a weights file of `{name}` is broken: {_first_line(error)}; fetch it again") from error
     except OSError as error:
-        raise MissingError(f"model: `{name}` is neither a local folder nor found on the hub: {_first_line(error)}") from error
+        what = "cannot be loaded" if spec.folder is not None else "is neither a local folder nor found on the hub"
+        raise MissingError(f"model: `{name}` {what}: {_first_line(error)}") from error
     except (ValueError, TypeError, ImportError, KeyError, RuntimeError) as error:
         raise UsageError(f"model: `{name}` cannot be loaded: {_first_line(error)}") from error
 

@@ -2,13 +2,23 @@
 
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from actdump.address import Selection, Tap, parse, parse_selection
 from actdump.errors import AddressError, MissingError, SpecError, UsageError, did_you_mean
@@ -250,6 +260,21 @@ class ShardSpec(_Strict):
     tokens: Count = Field(262_144, description="tokens in a shard")
 
 
+def _names(save: list[SaveSpec]) -> list[SaveSpec]:
+    if not save:
+        raise ValueError("the list is empty; name at least one address")
+    names = [entry.tap.name for entry in save]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two taps are called `{name}`; use the mapping form to give each a name")
+        if name in ("tokens", "__metadata__") or name.endswith(".offsets"):
+            raise ValueError(f"the name `{name}` is taken by the format itself; choose another")
+    return save
+
+
+Where = tuple[str | int, ...]
+
+
 class Spec(_Strict):
     """What to run and what to keep."""
 
@@ -258,6 +283,7 @@ class Spec(_Strict):
     tokenizer: TokenizerSpec = TokenizerSpec()
     save: Annotated[
         list[SaveEntry],
+        AfterValidator(_names),
         BeforeValidator(_save, json_schema_input_type=list[SaveEntry] | dict[str, str | SaveSpec]),
     ]
     tokens: Selected = Field(
@@ -270,17 +296,7 @@ class Spec(_Strict):
     shard: ShardSpec = ShardSpec()
     output: str | None = Field(None, description="the folder to write")
 
-    @model_validator(mode="after")
-    def _names(self) -> Self:
-        if not self.save:
-            raise ValueError("save: the list is empty")
-        names = [entry.tap.name for entry in self.save]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"save: two taps are called `{name}`; use the mapping form to give each a name")
-            if name in ("tokens", "__metadata__") or name.endswith(".offsets"):
-                raise ValueError(f"save: the name `{name}` is taken by the format itself; choose another")
-        return self
+    _lines: dict[Where, str] = PrivateAttr(default_factory=dict)
 
     @property
     def selection(self) -> Selection | None:
@@ -297,6 +313,38 @@ class Spec(_Strict):
         if self.tokenizer.name is not None and Path(self.tokenizer.name).expanduser().is_dir():
             plain["tokenizer"]["name"] = ""
         return plain
+
+    def located(self, message: str) -> str:
+        """A message about taps, prompts or keys of this spec, each line with the file and line that it is about, if known."""
+        return "\n".join(f"{place}: {line}" if (place := self._place(line)) else line for line in message.splitlines())
+
+    def _place(self, message: str) -> str | None:
+        """The place of the tap or the key that a message begins with: `model.config: …`, `prompts[3]: …`."""
+        for about in (_names_entry, _names_pattern):
+            for number, entry in enumerate(self.save):
+                if about(entry, message):
+                    return self._line(("save", number), ("save", entry.name or ""), ("save",))
+        found = re.match(r"([a-z_]+)((?:\.\w+|\[\d+\])*): ", message)
+        if found is None or found[1] not in Spec.model_fields:
+            return None
+        parts = (int(part) if part.isdigit() else part for part in re.findall(r"\w+", found[2]))
+        where = (found[1], *parts)
+        return self._line(*(where[:size] for size in range(len(where), 0, -1)))
+
+    def _line(self, *places: Where) -> str | None:
+        return next((self._lines[where] for where in places if where in self._lines), None)
+
+
+def _names_entry(entry: SaveSpec, message: str) -> bool:
+    return any(message.startswith(f"{name}: ") for name in (entry.name, entry.address) if name)
+
+
+def _names_pattern(entry: SaveSpec, message: str) -> bool:
+    """Whether a message begins with an address that the entry's pattern stands for: `transformer.h[3].output: …`."""
+    if not entry.tap.address.many:
+        return False
+    pattern = re.sub(r"\\\[.*?\\\]", r"\\[[^]]*\\]", re.escape(entry.address)).replace(r"\.\*", r"\.\w+")
+    return re.match(pattern + ": ", message) is not None
 
 
 def load(path: Path, sets: Sequence[str] = ()) -> Spec:
@@ -322,9 +370,6 @@ def load(path: Path, sets: Sequence[str] = ()) -> Spec:
     for override in sets:
         document.set(override)
     return document.checked()
-
-
-Where = tuple[str | int, ...]
 
 
 @dataclass
@@ -451,8 +496,15 @@ class _Document:
                 where = self._place(each["loc"])
                 self._mistake(self._line(where), _said(each, where))
         if self.mistakes or spec is None:
-            raise SpecError("\n".join(dict.fromkeys(f"{line}: {text}" for line, text in self.mistakes)))
+            ordered = sorted(self.mistakes, key=lambda mistake: self._order(mistake[0]))
+            raise SpecError("\n".join(dict.fromkeys(f"{line}: {text}" for line, text in ordered)))
+        spec._lines.update(self.lines)
         return spec
+
+    def _order(self, line: str) -> int:
+        """Lines of the file from the top, then overrides."""
+        number = line.removeprefix(f"{self.name}:")
+        return int(number) if number.isdigit() else sys.maxsize
 
     def _mistake(self, line: str, text: str) -> None:
         self.mistakes.append((line, text))

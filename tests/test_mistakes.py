@@ -1,0 +1,816 @@
+"""What a user can do wrong: each mistake is named with its place and its remedy, and leaves nothing behind that looks finished."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+from typer.testing import CliRunner
+
+from actdump.cli import app
+
+COMMAND = Path(sys.executable).with_name("actdump")
+TINY = "{config: {model_type: gpt2, n_layer: 2, n_embd: 32, n_head: 2, vocab_size: 100, n_positions: 64}, seed: 0}"
+GOOD = f"""\
+model: {TINY}
+prompts:
+  - input_ids: [1, 2, 3]
+  - input_ids: [4, 5]
+save:
+  - transformer.h[-1].output[0]
+output: out
+"""
+
+
+@dataclass(frozen=True)
+class Said:
+    """How a command ended and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh working folder."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it may have been imported before
+    return folder
+
+
+def actdump(*words: str, stdin: str | bytes | None = None) -> Said:
+    """Run the command in this process."""
+    result = CliRunner().invoke(app, list(words), input=stdin)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return checked(Said(result.exit_code, result.stdout, result.stderr))
+
+
+def actdump_process(*words: str, **options) -> Said:
+    """Run the real command."""
+    done = subprocess.run([COMMAND, *words], capture_output=True, text=True, timeout=60, **options)
+    return checked(Said(done.returncode, done.stdout, done.stderr))
+
+
+def checked(said: Said) -> Said:
+    print(said.code, said.err, said.out, sep="\n")
+    assert "Traceback" not in said.err + said.out
+    if said.code:
+        assert said.out == ""
+    return said
+
+
+def run(text: str, *words: str, stdin: str | bytes | None = None) -> Said:
+    Path("spec.yaml").write_text(dedent(text))
+    return actdump("run", "spec.yaml", *words, stdin=stdin)
+
+
+def require(possible: bool, reason: str) -> None:
+    """Skip where this cannot be tested; fail where everything must be."""
+    if not possible:
+        (pytest.fail if os.environ.get("ACTDUMP_REQUIRE_ALL") == "1" else pytest.skip)(reason)
+
+
+def nothing_left(folder: str = "out") -> bool:
+    return not Path(folder).exists()
+
+
+def nothing_finished(folder: str | Path = "out") -> bool:
+    """No manifest, no temporary files, and every shard that has its name has its record."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    shards = [path for path in files if path.suffix == ".safetensors"]
+    return (
+        not any(path.name == "manifest.json" or path.name.endswith("-tmp") for path in files)
+        and all(path.with_suffix(".json").exists() for path in shards)
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- in the spec itself
+
+SPECS = {
+    "misspelt key": (GOOD.replace("output: out", "outptu: out"), ["spec.yaml:7: unknown key `outptu`; did you mean `output`?"]),
+    "misspelt key inside": (
+        GOOD + "batch:\n  token: 4\n",
+        ["spec.yaml:9: unknown key `batch.token`; did you mean `tokens`?"],
+    ),
+    "double key": (GOOD + "save: [transformer.wte.output]\n", ["spec.yaml:8: `save` is given twice, first on line 5"]),
+    "double key inside": (
+        GOOD + "tokenizer:\n  truncation: true\n  truncation: false\n",
+        ["spec.yaml:10: `truncation` is given twice, first on line 9"],
+    ),
+    "double name": (
+        GOOD.replace("  - transformer.h[-1].output[0]", "  last: transformer.h[-1].output\n  last: transformer.wte.output"),
+        ["spec.yaml:7: `last` is given twice, first on line 6"],
+    ),
+    "same address twice": (
+        GOOD.replace("save:\n", "save:\n  - transformer.h[-1].output[0]\n"),
+        ["spec.yaml:5: ", "two taps are called `transformer.h[-1].output[0]`", "mapping form"],
+    ),
+    "bracket in flow style": (
+        GOOD.replace("  - transformer.h[-1].output[0]", "  - {address: transformer.h[-1].output[0], tokens: last}"),
+        ["spec.yaml:6: not YAML", "must be quoted"],
+    ),
+    "bracket in a flow list": (
+        GOOD.replace("save:\n  - transformer.h[-1].output[0]", "save: [transformer.h[-1].output[0]]"),
+        ["spec.yaml:5: not YAML", "must be quoted"],
+    ),
+    "tab": (GOOD.replace("  - input_ids: [4", "\t- input_ids: [4"), ["spec.yaml:4: not YAML", "tabs"]),
+    "not a mapping": ("- one\n- two\n", ["spec.yaml:1: a spec is a mapping", "not a list"]),
+    "empty": ("", ["spec.yaml:1: `model` is missing", "`prompts` is missing", "`save` is missing"]),
+    "several": (
+        f"model: {TINY}\nprompts:\n  - text: ''\n  - 5\nsave:\n  - transformer.h[-1]\n  - {{address: h.output, tokns: last}}\n"
+        "batch: {prompts: 0}\nshard: {size: huge}\ndtype: float12\noutput: out\n",
+        [
+            "spec.yaml:3: ", "an empty prompt", "spec.yaml:4: ", "not a number `5`", "spec.yaml:6: ", "names no port",
+            "spec.yaml:7: ", "did you mean `tokens`?", "spec.yaml:8: batch.prompts: must be 1 or more", "spec.yaml:9: shard.size: ",
+            '"1 GB"', "spec.yaml:10: dtype: `float12` is not one of 'float64'",
+        ],
+    ),
+    "no model": (GOOD.replace(TINY, "{seed: 1}"), ["spec.yaml:1: model: needs `name`", "`config`"]),
+    "no model_type": (GOOD.replace("model_type: gpt2, ", ""), ["spec.yaml:1: model: config: needs `model_type`"]),
+    "a number for text": (GOOD.replace("output: out", "output: 3"), ["spec.yaml:7: output: must be text, not a number `3`"]),
+    "prompts are text": (
+        f"model: {TINY}\nprompts: data.jsonl\nsave: [transformer.wte.output]\noutput: out\n",
+        ["spec.yaml:2: prompts: must be a list of prompts, or `file: data.jsonl`"],
+    ),
+    "no prompts": (
+        f"model: {TINY}\nprompts: []\nsave: [transformer.wte.output]\noutput: out\n",
+        ["spec.yaml:2: prompts: the list is empty"],
+    ),
+    "unknown file type": (
+        f"model: {TINY}\nprompts:\n  file: data.xls\nsave: [transformer.wte.output]\noutput: out\n",
+        ["spec.yaml:", "`data.xls` does not end in .txt or .jsonl", "`format: jsonl`"],
+    ),
+    "empty prompt": (GOOD.replace("[4, 5]", "[]"), ["spec.yaml:4: prompts: an empty prompt"]),
+    "blank prompt": (GOOD.replace("input_ids: [4, 5]", "'  '"), ["spec.yaml:4: prompts: an empty prompt"]),
+    "two contents": (GOOD.replace("[4, 5]", "[4, 5]\n    text: x"), ["spec.yaml:4: ", "exactly one of", "text and input_ids"]),
+    "no environment": (GOOD.replace(": out", ": ${NOWHERE_SET}/out"), ["spec.yaml:7: ${NOWHERE_SET} is not set", ":-"]),
+    "bad selection": (GOOD + "tokens: lats\n", ["spec.yaml:8: tokens: ", "lats", "last"]),
+    "bad address": (GOOD.replace("h[-1].output[0]", "h[x].output"), ["spec.yaml:6: save: ", "at character"]),
+    "taken name": (
+        GOOD.replace("  - transformer.h[-1].output[0]", "  tokens: transformer.wte.output"),
+        ["spec.yaml:5: ", "the name `tokens` is taken"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_spec_with_mistakes_is_refused_with_file_and_line(name: str, command: str) -> None:
+    text, words = SPECS[name]
+    Path("spec.yaml").write_text(text)
+    said = actdump(command, "spec.yaml")
+    assert said.code == 2
+    for word in words:
+        assert word in said.err
+    assert nothing_left()
+
+
+def test_several_mistakes_are_told_once_each_and_in_order() -> None:
+    said = run(SPECS["several"][0])
+    lines = [int(line.split("spec.yaml:")[1].split(":")[0]) for line in said.err.splitlines()]
+    assert lines == sorted(lines) == [3, 4, 6, 7, 8, 9, 10]
+
+
+def test_a_spec_that_is_not_there() -> None:
+    said = actdump("run", "nowhere.yaml")
+    assert said.code == 66
+    assert "nowhere.yaml" in said.err
+
+
+def test_a_spec_that_is_not_text() -> None:
+    Path("spec.yaml").write_bytes(b"model: \xff\xfe\n")
+    said = actdump("run", "spec.yaml")
+    assert said.code == 2
+    assert "spec.yaml" in said.err
+    assert "UTF-8" in said.err
+
+
+def test_a_spec_that_is_a_folder() -> None:
+    Path("spec.yaml").mkdir()
+    said = actdump("run", "spec.yaml")
+    assert said.code == 66
+    assert "spec.yaml" in said.err
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("batch.tokens", ["--set batch.tokens: write it as key=value"]),
+        ("batch.token=4", ["--set batch.token", "did you mean `tokens`?"]),
+        ("save.7=transformer.wte.output", ["--set save.7"]),
+        ("output.name=x", ["--set output.name=x"]),
+        ("dtype=float12", ["--set dtype", "float16"]),
+    ],
+)
+def test_a_wrong_override_is_named(override: str, words: list[str]) -> None:
+    said = run(GOOD, "--set", override)
+    assert said.code == 2
+    for word in words:
+        assert word in said.err
+    assert nothing_left()
+
+
+def test_no_output() -> None:
+    said = run(GOOD.replace("output: out\n", ""))
+    assert said.code == 2
+    assert "`output` is missing" in said.err
+    assert "-o" in said.err
+
+
+# ------------------------------------------------------------------------------------------------------ addresses in the model
+
+ADDRESSES = {
+    "module": ("transformer.layers[-1].output[0]", ["has no child `layers`", "there is"]),
+    "misspelt module": ("transformer.h[0].atn.output[0]", ["did you mean `attn`?"]),
+    "index": ("transformer.h[12].output[0]", ["did you mean `transformer.h[1]`?", "2 entries, 0 to 1"]),
+    "not a list": ("transformer.wte[0].output", ["`transformer.wte` (Embedding) is not a list"]),
+    "item": ("transformer.h[0].output[1]", ["[1]"]),
+    "key": ("transformer.h[0].output['logits']", ["logits"]),
+    "tensor index": ("transformer.h[0].output[0][0, 0, 99]", ["outside an axis of size 32"]),
+    "attention weights": ("transformer.h[0].attn.output[1]", ["None", "attn_implementation: eager"]),
+    "pattern": ("transformer.h[5:9].output[0]", ["picks nothing"]),
+}
+
+
+@pytest.mark.parametrize("name", ADDRESSES)
+def test_an_address_that_leads_nowhere_is_refused_with_what_is_there(name: str) -> None:
+    address, words = ADDRESSES[name]
+    said = run(GOOD.replace("  - transformer.h[-1].output[0]", f'  - transformer.wte.output\n  - "{address}"'))
+    assert said.code == 2
+    assert "spec.yaml:7: " in said.err
+    for word in [address.split(".output")[0], *words]:
+        assert word in said.err
+    assert nothing_left()
+
+
+def test_every_wrong_address_is_told_at_once() -> None:
+    text = GOOD.replace(
+        "  - transformer.h[-1].output[0]",
+        "  mine: transformer.h[7].output\n  yours:\n    address: transformer.nothing.output\n  all: transformer.h[*].attn.output[1]",
+    )
+    said = run(text)
+    assert said.code == 2
+    assert "spec.yaml:6: " in said.err
+    assert "spec.yaml:7: " in said.err
+
+
+def test_each_layer_of_a_pattern_is_told_with_the_line_of_the_pattern() -> None:
+    said = run(GOOD.replace("h[-1].output[0]", "h[*].attn.output[1]"))
+    assert said.code == 2
+    assert said.err.count("spec.yaml:6: transformer.h[") == 2
+    assert "eager" in said.err
+
+
+def test_a_wrong_port_is_refused_with_the_ports() -> None:
+    said = run(GOOD.replace("h[-1].output[0]", "h[-1].outptu[0]"))
+    assert said.code == 2
+    assert "spec.yaml:6: " in said.err
+    for port in (".output", ".input"):
+        assert port in said.err
+
+
+def test_attention_weights_are_there_with_eager() -> None:
+    text = GOOD.replace("h[-1].output[0]", "h[-1].attn.output[1]").replace("seed: 0", "attn_implementation: eager")
+    assert run(text).code == 0
+
+
+# -------------------------------------------------------------------------------------------------------------------- the model
+
+
+def test_an_unknown_model_type() -> None:
+    said = run(GOOD.replace("gpt2", "gtp2"))
+    assert said.code == 2
+    assert "spec.yaml:1: model.config: unknown model_type `gtp2`; did you mean `gpt2`" in said.err
+    assert nothing_left()
+
+
+def test_an_unknown_key_of_a_config() -> None:
+    said = run(GOOD.replace("n_layer", "n_layers"))
+    assert said.code == 2
+    assert "spec.yaml:1: model.config: gpt2 has no `n_layers`; did you mean `n_layer`" in said.err
+    assert nothing_left()
+
+
+def test_an_impossible_config() -> None:
+    said = run(GOOD.replace("n_head: 2", "n_head: 3"))
+    assert said.code == 2
+    assert "spec.yaml:1: model: " in said.err
+    assert "num_heads" in said.err
+    assert nothing_left()
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/no/such/folder/here"])
+def test_a_model_folder_that_is_not_there(name: str) -> None:
+    said = run(GOOD.replace(TINY, name))
+    assert said.code == 66
+    assert f"spec.yaml:1: model: `{name}`" in said.err
+    assert nothing_left()
+
+
+def test_a_hub_model_that_cannot_be_reached() -> None:
+    said = run(GOOD.replace(TINY, "nobody/nothing"))
+    assert said.code == 66
+    assert "spec.yaml:1: model: `nobody/nothing` is neither a local folder nor found on the hub" in said.err
+    assert nothing_left()
+
+
+def test_a_model_folder_that_is_not_one() -> None:
+    Path("folder").mkdir()
+    said = run(GOOD.replace(TINY, "folder"))
+    assert said.code == 66
+    assert "spec.yaml:1: model: `folder` is not a model folder: it has no config.json" in said.err
+    assert nothing_left()
+
+
+def save_tiny(folder: Path, scale: float = 1.0) -> None:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=100, n_positions=64))
+    with torch.no_grad():
+        model.transformer.wte.weight *= scale
+    model.save_pretrained(folder)
+
+
+def save_tokenizer(folder: Path, words: str = "the tower is in a city of") -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate(["[UNK]", *words.split()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+
+
+def test_a_model_folder_without_weights() -> None:
+    save_tiny(Path("folder"))
+    Path("folder/model.safetensors").unlink()
+    said = run(GOOD.replace(TINY, "folder"))
+    assert said.code == 66
+    assert "spec.yaml:1: model: " in said.err
+    assert "folder" in said.err
+    assert "model.safetensors" in said.err
+    assert nothing_left()
+
+
+def test_a_model_folder_with_a_cut_off_file() -> None:
+    save_tiny(Path("folder"))
+    with Path("folder/model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    said = run(GOOD.replace(TINY, "folder"))
+    assert said.code in (2, 65, 66)
+    assert "spec.yaml:1: model: " in said.err
+    assert "folder" in said.err
+    assert nothing_left()
+
+
+def test_a_model_folder_with_a_broken_config() -> None:
+    save_tiny(Path("folder"))
+    Path("folder/config.json").write_text("{")
+    said = run(GOOD.replace(TINY, "folder"))
+    assert said.code in (2, 66)
+    assert "spec.yaml:1: model: " in said.err
+    assert "config.json" in said.err
+    assert nothing_left()
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "gpu"])
+def test_a_device_that_is_not_there(device: str) -> None:
+    said = run(GOOD.replace("seed: 0", f"device: '{device}'"))
+    assert said.code == 2
+    assert "spec.yaml:1: model.device: " in said.err
+    assert "auto" in said.err
+    assert nothing_left()
+
+
+# ------------------------------------------------------------------------------------------------------------------ the prompts
+
+
+def with_file(name: str, tokenizer: str = "") -> str:
+    return f"model: {TINY}\nprompts: {{file: {name}}}\n{tokenizer}save: [transformer.wte.output]\noutput: out\n"
+
+
+def test_text_without_a_tokenizer() -> None:
+    said = run(GOOD.replace("- input_ids: [4, 5]", "- in the city of"))
+    assert said.code == 2
+    assert "spec.yaml:4: prompts[1]: the model has no tokenizer" in said.err
+    assert "`input_ids`" in said.err
+    assert "`tokenizer: {name: …}`" in said.err
+    assert nothing_finished()
+
+
+def test_a_tokenizer_that_is_not_there() -> None:
+    Path("empty").mkdir()
+    said = run(GOOD.replace("input_ids: [4, 5]", "text") + "tokenizer: {name: empty}\n")
+    assert said.code == 66
+    assert "spec.yaml:8: tokenizer.name: there is no tokenizer in `empty`" in said.err
+    assert nothing_finished()
+
+
+def test_a_prompt_without_tokens() -> None:
+    save_tokenizer(Path("tok"))
+    Path("p.txt").write_text("the tower\n\nin a city\n")
+    said = run(with_file("p.txt", "tokenizer: {name: tok}\n"))
+    assert said.code == 2
+    assert "p.txt:2: an empty prompt" in said.err
+    assert nothing_finished()
+
+
+def test_a_prompt_that_is_too_long_is_an_error_or_cut() -> None:
+    text = GOOD.replace("[4, 5]", str(list(range(65))))
+    said = run(text)
+    assert said.code == 2
+    assert "spec.yaml:4: prompts[1]: prompt `1` has 65 tokens, and the model allows 64" in said.err
+    assert "truncation: true" in said.err
+    assert nothing_finished()
+    assert run(text + "tokenizer: {truncation: true}\n").code == 0
+    assert json.loads(Path("out/manifest.json").read_text())["tokens"] == 3 + 64
+
+
+def test_a_text_that_is_too_long_is_an_error_or_cut() -> None:
+    save_tokenizer(Path("tok"))
+    Path("p.txt").write_text("the tower\n" + "in " * 9 + "\n")
+    text = with_file("p.txt", "tokenizer:\n  name: tok\n  max_length: 4\n")
+    said = run(text)
+    assert said.code == 2
+    assert "p.txt:2: prompt `1` has 9 tokens, and tokenizer.max_length allows 4" in said.err
+    assert run(text, "--set", "tokenizer.truncation=true").code == 0
+    assert json.loads(Path("out/manifest.json").read_text())["tokens"] == 2 + 4
+
+
+@pytest.mark.parametrize("wrong", [100, -1])
+def test_a_token_that_is_not_in_the_vocabulary(wrong: int) -> None:
+    said = run(GOOD.replace("[4, 5]", f"[4, {wrong}]"))
+    assert said.code == 2
+    assert f"spec.yaml:4: prompts[1]: prompt `1` has the token id {wrong}; the vocabulary is 0 to 99" in said.err
+    assert nothing_finished()
+
+
+@pytest.mark.parametrize("address", ["transformer.wte.output", "transformer.wte.output[0][:, 2]"])
+def test_a_position_that_a_short_prompt_lacks(address: str) -> None:
+    tokens = "" if address.endswith("]") else "\ntokens: [0, -3]"
+    said = run(GOOD.replace("transformer.h[-1].output[0]", f'"{address}"') + tokens)
+    assert said.code == 2
+    assert "spec.yaml:4: prompts[1]: prompt `1` has 2 tokens, and " in said.err
+    assert "needs 3" in said.err
+    assert nothing_finished()
+
+
+def test_a_missing_prompt_file() -> None:
+    said = run(with_file("data/nowhere.jsonl"))
+    assert said.code == 66
+    assert "spec.yaml:2: prompts: " in said.err
+    assert "`data/nowhere.jsonl`" in said.err
+    assert nothing_left()
+
+
+LINES = {
+    "bad JSON": ('{"input_ids": [1]\n', "p.jsonl:2: not JSON: "),
+    "empty line": ("\n", "p.jsonl:2: the line is empty; remove it"),
+    "a list": ("[1, 2]\n", "p.jsonl:2: a line must be a JSON object or text, not [1, 2]"),
+    "no content": ('{"label": 1}\n', "p.jsonl:2: a prompt needs exactly one of"),
+    "wrong type": ('{"text": 5}\n', "p.jsonl:2: text: "),
+    "wrong ids": ('{"input_ids": [1, "x"]}\n', "p.jsonl:2: input_ids.1: "),
+    "no tokens": ('{"input_ids": []}\n', "p.jsonl:2: an empty prompt"),
+    "double id": ('{"id": "a", "input_ids": [2]}\n', "p.jsonl:2: the id `a` is given twice"),
+    "empty id": ('{"id": "", "input_ids": [2]}\n', "p.jsonl:2: the id is empty"),
+    "not UTF-8": (b'{"id": "\xff", "input_ids": [2]}\n', "p.jsonl:2: not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_bad_line_of_a_prompt_file_is_named_with_its_number(name: str) -> None:
+    line, words = LINES[name]
+    raw = line if isinstance(line, bytes) else line.encode()
+    Path("p.jsonl").write_bytes(b'{"id": "a", "input_ids": [1]}\n' + raw)
+    said = run(with_file("p.jsonl"))
+    assert said.code == 2
+    assert words in said.err
+    assert nothing_finished()
+
+
+def test_an_empty_prompt_file() -> None:
+    Path("p.jsonl").write_text("")
+    said = run(with_file("p.jsonl"))
+    assert said.code == 2
+    assert "p.jsonl: there are no prompts in it" in said.err
+    assert nothing_finished()
+
+
+def test_a_prompt_file_that_is_a_folder() -> None:
+    Path("p.jsonl").mkdir()
+    said = run(with_file("p.jsonl"))
+    assert said.code == 66
+    assert "spec.yaml:2: prompts: `p.jsonl` is a folder, not a file" in said.err
+    assert nothing_left()
+
+
+def test_a_bad_line_on_standard_input() -> None:
+    said = run(with_file("-}").replace("-}}", "-, format: jsonl}"), stdin='{"input_ids": [1]}\nnot JSON\n')
+    assert said.code == 2
+    assert "standard input:2: not JSON" in said.err
+    assert nothing_finished()
+
+
+def test_a_double_id_in_the_spec() -> None:
+    said = run(GOOD.replace("[1, 2, 3]", "[1, 2, 3]\n    id: a").replace("[4, 5]", "[4, 5]\n    id: a"))
+    assert said.code == 2
+    assert "spec.yaml:5: prompts[1]: the id `a` is given twice" in said.err
+    assert nothing_finished()
+
+
+# ------------------------------------------------------------------------------------------------------------------- the output
+
+
+def test_a_folder_that_holds_another_dump_is_refused_and_what_differs_is_named() -> None:
+    assert run(GOOD).code == 0
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    said = run(GOOD + "dtype: float16\n")
+    assert said.code == 73
+    assert "out holds another dump: `dtype` was not given and is float16" in said.err
+    assert "--overwrite" in said.err
+    said = run(GOOD.replace("[4, 5]", "[4, 6]"))
+    assert said.code == 73
+    assert "`prompts`" in said.err
+    assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
+
+
+def test_overwrite_replaces_the_dump_and_leaves_what_is_not_ours() -> None:
+    assert run(GOOD).code == 0
+    Path("out/notes.txt").write_text("mine")
+    Path("out/shards/mine.npy").write_text("mine")
+    said = run(GOOD + "dtype: float16\n", "--overwrite")
+    assert said.code == 0
+    assert json.loads(Path("out/manifest.json").read_text())["columns"][0]["dtype"] == "float16"
+    assert Path("out/notes.txt").read_text() == Path("out/shards/mine.npy").read_text() == "mine"
+    assert actdump("verify", "out").code == 0
+
+
+def test_a_dump_whose_prompt_file_changed_is_refused() -> None:
+    Path("p.jsonl").write_text('{"input_ids": [1]}\n')
+    assert run(with_file("p.jsonl")).code == 0
+    Path("p.jsonl").write_text('{"input_ids": [2]}\n')
+    said = run(with_file("p.jsonl"))
+    assert said.code == 73
+    assert "the prompt file" in said.err
+
+
+def test_a_folder_with_other_things_in_it_is_refused() -> None:
+    Path("out").mkdir()
+    Path("out/thesis.tex").write_text("mine")
+    said = run(GOOD)
+    assert said.code == 73
+    assert "out holds other things (thesis.tex)" in said.err
+    assert [path.name for path in Path("out").iterdir()] == ["thesis.tex"]
+
+
+def test_an_output_that_is_a_file_is_refused() -> None:
+    Path("out").write_text("mine")
+    said = run(GOOD)
+    assert said.code == 73
+    assert "out is a file" in said.err
+    assert Path("out").read_text() == "mine"
+
+
+def test_an_output_below_a_file_is_refused() -> None:
+    Path("file").write_text("mine")
+    said = run(GOOD, "-o", "file/out")
+    assert said.code == 74
+    assert "file is a file" in said.err
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A small file system in memory."""
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False)
+    require(done.returncode == 0, f"cannot mount a tmpfs: {done.stderr.decode(errors='replace').strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_read_only_folder() -> None:
+    if os.geteuid() != 0:
+        Path("closed").mkdir(mode=0o555)
+        said = run(GOOD, "-o", "closed/out")
+    else:  # root may write whatever the mode says
+        with mounted(Path("closed"), "ro,size=1m"):
+            said = run(GOOD, "-o", "closed/out")
+    assert said.code == 74
+    assert "closed/out" in said.err
+    assert "read-only" in said.err
+
+
+MANY = f"""\
+model: {TINY}
+prompts: {{file: many.jsonl}}
+save: ["transformer.h[*].output[0]"]
+batch: {{tokens: 64}}
+output: out
+"""
+
+
+def write_prompts(count: int, length: int) -> None:
+    row = {"input_ids": list(range(1, length + 1))}
+    Path("many.jsonl").write_text(f"{json.dumps(row)}\n" * count)
+
+
+def test_a_full_disk() -> None:
+    require(os.geteuid() == 0, "only root can mount a small file system")
+    write_prompts(300, 40)
+    with mounted(Path("small"), "size=1m"):
+        said = run(MANY, "-o", "small/out")
+        assert said.code == 74
+        assert "small/out" in said.err
+        assert "free" in said.err
+        assert nothing_left("small/out") or nothing_finished("small/out")
+
+
+def test_a_disk_that_fills_up_after_the_first_shards() -> None:
+    require(os.geteuid() == 0, "only root can mount a small file system")
+    write_prompts(60, 40)
+    with mounted(Path("small"), "size=1m"):
+        Path("spec.yaml").write_text(MANY + "shard: {tokens: 400}\n")
+        hog = 'from pathlib import Path\nPath("small/hog").write_bytes(bytes(600_000))\n'
+        patched = f"import actdump.store as s, sys\nfrom actdump.cli import main\ns.check_space = lambda *_: None\n{hog}main()"
+        done = subprocess.run([sys.executable, "-c", patched, "run", "spec.yaml", "-o", "small/out"],
+                              capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+        print(done.stderr)
+        assert done.returncode == 74
+        assert "Traceback" not in done.stderr
+        assert "No space left" in done.stderr
+        assert nothing_finished("small/out")
+        Path("small/hog").unlink()
+        assert run(MANY + "shard: {tokens: 400}\n", "-o", "small/out").code == 0
+
+
+def test_a_file_size_limit() -> None:
+    write_prompts(100, 40)
+    Path("spec.yaml").write_text(MANY)
+    limit = 200_000
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    said = actdump_process("run", "spec.yaml", preexec_fn=limited)
+    assert said.code == 74
+    assert "out/shards/00000.safetensors" in said.err
+    assert "too large" in said.err.lower()
+    assert nothing_finished()
+
+
+@pytest.mark.parametrize("how", ["tap", "default"])
+def test_a_cast_that_overflows_seals_nothing(how: str) -> None:
+    save_tiny(Path("large"), scale=1e8)
+    text = GOOD.replace(TINY, "large")
+    if how == "tap":
+        text = text.replace(
+            "  - transformer.h[-1].output[0]", "  big:\n    address: transformer.h[-1].output[0]\n    dtype: float16"
+        )
+    else:
+        text += "dtype: float16\n"
+    said = run(text)
+    assert said.code == 65
+    assert "large for float16, whose largest is 65" in said.err
+    assert "bfloat16" in said.err
+    assert nothing_finished()
+    assert not list(Path("out").rglob("*.safetensors"))
+    assert run(text, "--set", "dtype=bfloat16", "--set", "save.0=transformer.wte.output", "--overwrite").code in (0, 2)
+
+
+# -------------------------------------------------------------------------------------------------------------------- stopping
+
+
+@contextmanager
+def started(*words: str, **options) -> Iterator[subprocess.Popen[str]]:
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([COMMAND, *words], stdout=pipe, stderr=pipe, text=True, **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(process: subprocess.Popen[str], words: str) -> None:
+    for line in process.stderr or ():
+        print(line, end="")
+        if words in line:
+            return
+    raise AssertionError(f"it never said {words!r}")
+
+
+def test_ctrl_c_once_stops_soon_and_the_same_command_goes_on() -> None:
+    write_prompts(800, 40)
+    Path("spec.yaml").write_text(MANY + "shard: {tokens: 1000}\n")
+    with started("run", "spec.yaml") as process:
+        wait_for(process, "32,000 tokens")
+        while not list(Path("out").rglob("0000*.json")):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=5)
+    print(err)
+    assert process.returncode == 75
+    assert out == ""
+    assert "Traceback" not in err
+    assert "the same command goes on" in err
+    assert nothing_finished()
+    sealed = {path: path.stat().st_mtime_ns for path in Path("out/shards").iterdir()}
+    said = actdump("run", "spec.yaml")
+    assert said.code == 0
+    assert "parts done before" in said.err
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in sealed.items())
+    assert actdump("verify", "out").code == 0
+
+
+def test_ctrl_c_twice_ends_at_once() -> None:
+    Path("spec.yaml").write_text(with_file("-, format: jsonl"))
+    with started("run", "spec.yaml", stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write('{"input_ids": [1]}\n')
+        process.stdin.flush()
+        time.sleep(1.5)  # it has read the spec and waits for the rest
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+        out, err = process.communicate(timeout=5)
+    print(err)
+    assert process.returncode == 130
+    assert out == ""
+    assert "Traceback" not in err
+    assert nothing_left()
+
+
+# ------------------------------------------------------------------------------------------------------------------ other commands
+
+
+@pytest.mark.parametrize("command", ["show", "verify"])
+def test_a_dump_that_is_not_there(command: str) -> None:
+    said = actdump(command, "nowhere")
+    assert said.code == 66
+    assert "nowhere: there is no such folder" in said.err
+    Path("empty").mkdir()
+    said = actdump(command, "empty")
+    assert said.code == 66
+    assert "it holds no dump" in said.err
+
+
+def test_a_flipped_bit_and_a_missing_shard_are_found() -> None:
+    assert run(GOOD).code == 0
+    shard = Path("out/shards/00000.safetensors")
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    said = actdump("verify", "out")
+    assert said.code == 65
+    assert "00000.safetensors" in said.err
+    shard.unlink()
+    said = actdump("verify", "out")
+    assert said.code == 65
+    assert "00000.safetensors" in said.err
+
+
+def test_a_manifest_that_is_not_one() -> None:
+    assert run(GOOD).code == 0
+    Path("out/manifest.json").write_text("{")
+    said = actdump("show", "out")
+    assert said.code == 65
+    assert "manifest.json" in said.err
+
+
+def test_a_plan_that_is_not_one() -> None:
+    assert run(GOOD).code == 0
+    Path("out/plan.json").write_text("{")
+    said = run(GOOD)
+    assert said.code == 65
+    assert "plan.json" in said.err
+    assert run(GOOD, "--overwrite").code == 0
+
+
+def test_an_unknown_option_and_command() -> None:
+    assert actdump("run", "spec.yaml", "--outptu", "x").code == 2
+    assert actdump("rnu", "spec.yaml").code == 2
+
+
+def test_a_model_that_does_not_exist_has_no_tree() -> None:
+    said = actdump("tree", "./nowhere")
+    assert said.code == 66
+    assert "./nowhere" in said.err
