@@ -263,6 +263,8 @@ def _dim(value: int | str) -> int | Slice:
 
 
 def _check_version(value: Mapping[str, Any]) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"a JSON {type(value).__name__} where an object is needed")
     if value.get("format") != VERSION:
         raise DataError(
             f"this is format {value.get('format')}; this actdump reads format {VERSION}, so use the version that wrote it"

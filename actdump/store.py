@@ -114,6 +114,8 @@ def load_plan(folder: Folder) -> tuple[Plan, dict[str, Any]] | None:
         return plan_from_json(value), value["stamps"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder.plan}: not a plan: {error}; remove the folder, or use another") from None
+    except DataError as error:
+        raise DataError(f"{folder.plan}: {error}") from None
 
 
 def done(folder: Folder, part: Part, digest: str) -> Shard | None:
@@ -127,7 +129,7 @@ def done(folder: Folder, part: Part, digest: str) -> Shard | None:
 
 
 def complete(folder: Folder, plan: Plan) -> bool:
-    """Whether the dump is sealed and its shards are there with their sizes."""
+    """Whether the dump is sealed, and its shards are there with their sizes and records."""
     try:
         manifest = json.loads(folder.manifest.read_bytes())
         if manifest["format"] != VERSION or manifest["digest"] != plan.digest or not folder.prompts.is_file():
@@ -135,7 +137,8 @@ def complete(folder: Folder, plan: Plan) -> bool:
         sizes = {shard["number"]: shard["bytes"] for shard in manifest["shards"]}
         with os.scandir(folder.shards) as entries:
             found = {entry.name: entry.stat().st_size for entry in entries}
-        return all(found.get(folder.shard(part.number).name) == sizes.get(part.number, -1) for part in plan.parts)
+        whole = (found.get(folder.shard(part.number).name) == sizes.get(part.number, -1) for part in plan.parts)
+        return all(whole) and all(folder.record(part.number).name in found for part in plan.parts)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

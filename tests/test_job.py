@@ -1,0 +1,478 @@
+"""The job: rerun, stopped, killed and gone on with, and always the same bytes."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import actdump
+from actdump import job, store
+from actdump.errors import DataError, OccupiedError, Stopped
+from actdump.spec import Spec, load
+
+CONFIG = {
+    "model_type": "gpt2", "vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32,
+    "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+SAVE = {
+    "block": "transformer.h[-1].output[0]",
+    "mlp": {"address": "transformer.h[0].mlp.output", "tokens": "last"},
+    "mean": {"address": "transformer.h[0].output[0]", "tokens": "mean", "dtype": "bfloat16"},
+}
+
+
+def prompts(count, seed=0):
+    generator = random.Random(seed)
+    return [
+        {
+            "id": f"p{number}",
+            "input_ids": [generator.randrange(40) for _ in range(generator.randint(1, 20))],
+            "label": number % 3,
+        }
+        for number in range(count)
+    ]
+
+
+def make_spec(count=12, **other):
+    return Spec.model_validate({"model": {"config": CONFIG}, "prompts": prompts(count), "save": SAVE, **other})
+
+
+def snapshot(root):
+    """Everything that shows whether a file was touched."""
+    found = {}
+    for path in (root, *root.rglob("*")):
+        status = path.stat()
+        found[path] = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+    return found
+
+
+def contents(root):
+    """The bytes that a dump consists of, without what its records say of the writing."""
+    files = {
+        path.name: path.read_bytes()
+        for path in (*root.glob("shards/*.safetensors"), root / "prompts.jsonl", root / "plan.json")
+    }
+    manifest = json.loads((root / "manifest.json").read_text())
+    del manifest["made"]
+    return files, manifest
+
+
+def temporary(root):
+    return [path for path in root.rglob("*") if path.name.startswith(".") or path.name.endswith("tmp")]
+
+
+def states(spec, root, **options):
+    return job.run(spec, root, **options).state
+
+
+# ---------------------------------------------------------------------------------------------------------------- up to date
+
+
+def test_a_rerun_is_up_to_date_and_touches_nothing(tmp_path):
+    assert states(make_spec(), tmp_path / "out") == "done"
+    before = snapshot(tmp_path / "out")
+    outcome = job.run(make_spec(), tmp_path / "out")
+    assert outcome.state == "up to date"
+    assert outcome.path == tmp_path / "out/manifest.json"
+    assert outcome.manifest.prompts == 12
+    assert states(make_spec(), tmp_path / "out", overwrite=True) == "up to date"
+    assert snapshot(tmp_path / "out") == before
+
+
+RERUN = """
+import sys
+from pathlib import Path
+from actdump import job, spec
+print(job.run(spec.load(Path(sys.argv[1])), Path(sys.argv[2])).state)
+print(sorted({"torch", "transformers", "numpy"} & set(sys.modules)))
+"""
+
+
+def test_up_to_date_needs_no_torch(tmp_path):
+    path = tmp_path / "spec.yaml"
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts(5))))
+    path.write_text(
+        json.dumps({"model": {"config": CONFIG}, "prompts": {"file": str(tmp_path / "prompts.jsonl")}, "save": SAVE})
+    )
+    assert states(load(path), tmp_path / "out") == "done"
+    answer = subprocess.run([sys.executable, "-c", RERUN, path, tmp_path / "out"], capture_output=True, text=True, check=True)
+    assert answer.stdout == "up to date\n[]\n"
+
+
+COSMETIC = {
+    "comments and order": """
+        # a comment
+        save: ["transformer.h[0].output[0]"]
+        prompts: [{input_ids: [1, 2, 3]}]
+        model: {seed: 0, config: {n_embd: 16, model_type: gpt2, n_layer: 1, n_head: 4, vocab_size: 40}}
+        """,
+    "defaults spelled out": """
+        model: {config: {model_type: gpt2, vocab_size: 40, n_embd: 16, n_layer: 1, n_head: 4}, dtype: auto, trust_remote_code: false}
+        prompts: {rows: [{input_ids: [1, 2, 3]}]}
+        save: [{address: "transformer.h[0].output[0]"}]
+        shard: {tokens: 262_144, size: 1 GB}
+        batch: {tokens: auto}
+        """,
+    "another output and device": """
+        model: {config: {model_type: gpt2, vocab_size: 40, n_embd: 16, n_layer: 1, n_head: 4}, device: cpu}
+        prompts: [{input_ids: [1, 2, 3]}]
+        save: ["transformer.h[0].output[0]"]
+        output: elsewhere
+        """,
+}
+DECISIVE = {
+    "another seed": {"model": {"config": CONFIG, "seed": 1}},
+    "another layer": {"save": ["transformer.h[0].output[0]"]},
+    "another selection": {"tokens": "last"},
+    "another storage type": {"dtype": "float16"},
+    "another batch": {"batch": {"tokens": 64}},
+    "other shards": {"shard": {"tokens": 64}},
+    "one prompt more": {"prompts": prompts(13)},
+}
+
+
+@pytest.mark.parametrize("edit", COSMETIC)
+def test_cosmetic_edits_leave_a_dump_up_to_date(edit, tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text(
+        "model: {config: {model_type: gpt2, vocab_size: 40, n_embd: 16, n_layer: 1, n_head: 4}}\n"
+        "prompts: [{input_ids: [1, 2, 3]}]\n"
+        'save: ["transformer.h[0].output[0]"]\n'
+    )
+    assert states(load(path), tmp_path / "out") == "done"
+    path.write_text(COSMETIC[edit])
+    assert states(load(path), tmp_path / "out") == "up to date"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("finished") / "out"
+    job.run(make_spec(), root)
+    return root
+
+
+@pytest.mark.parametrize("edit", DECISIVE)
+def test_another_dump_in_the_folder_is_refused(edit, finished):
+    spec = Spec.model_validate({"model": {"config": CONFIG}, "prompts": prompts(12), "save": SAVE, **DECISIVE[edit]})
+    before = snapshot(finished)
+    with pytest.raises(OccupiedError, match="holds another dump"):
+        job.run(spec, finished)
+    assert snapshot(finished) == before
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    before = snapshot(tmp_path)
+    with pytest.raises(OccupiedError, match=r"thesis\.tex"):
+        job.run(make_spec(), tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_overwrite_replaces_what_is_ours_and_nothing_else(finished, tmp_path):
+    root = shutil.copytree(finished, tmp_path / "out")
+    (root / "notes.txt").write_text("mine")
+    (root / "shards" / "notes.txt").write_text("mine too")
+    spec = make_spec(5, shard={"tokens": 30})
+    assert states(spec, root, overwrite=True) == "done"
+    assert (root / "notes.txt").read_text() == "mine"
+    assert (root / "shards" / "notes.txt").read_text() == "mine too"
+    job.run(spec, tmp_path / "fresh")
+    assert contents(root) == contents(tmp_path / "fresh")
+    assert states(make_spec(), root, overwrite=True) == "done"
+    assert contents(root) == contents(finished)
+    assert sorted(path.name for path in (root / "shards").iterdir()) == ["00000.json", "00000.safetensors", "notes.txt"]
+
+
+def test_an_overwrite_that_cannot_be_done_leaves_the_old_dump(finished, tmp_path):
+    root = shutil.copytree(finished, tmp_path / "out")
+    before = snapshot(root)
+    with pytest.raises(actdump.ActdumpError, match=r"h\[7\]|has 2 entries"):
+        job.run(make_spec(save=["transformer.h[7].output"]), root, overwrite=True)
+    assert {path: seen for path, seen in snapshot(root).items() if path != root} == {
+        path: seen for path, seen in before.items() if path != root
+    }
+    assert states(make_spec(), root) == "up to date"
+
+
+# ------------------------------------------------------------------------------------------------------------- what was used
+
+
+@pytest.fixture
+def on_files(tmp_path):
+    """A spec whose model and prompts are local files."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**CONFIG)).save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts(8)))
+    spec = Spec.model_validate(
+        {
+            "model": str(tmp_path / "model"),
+            "prompts": {"file": str(tmp_path / "prompts.jsonl"), "text": "input_ids"},
+            "save": SAVE,
+        }
+    )
+    assert states(spec, tmp_path / "out") == "done"
+    return spec
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "model/config.json", "model/model.safetensors"])
+def test_a_touched_input_is_read_again_and_a_changed_one_noticed(name, on_files, tmp_path):
+    path = tmp_path / name
+    os.utime(path, ns=(1, 1))
+    assert states(on_files, tmp_path / "out") == "up to date"
+    before = snapshot(tmp_path / "out")
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1  # of the same size, and later
+    path.write_bytes(content)
+    with pytest.raises(OccupiedError, match="have changed"):
+        job.run(on_files, tmp_path / "out")
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_a_new_file_in_the_models_folder_is_noticed(on_files, tmp_path):
+    (tmp_path / "model" / "README.md").write_text("no part of the model")
+    assert states(on_files, tmp_path / "out") == "up to date"
+    (tmp_path / "model" / "adapter.safetensors").write_bytes(b"")
+    with pytest.raises(OccupiedError, match="have changed"):
+        job.run(on_files, tmp_path / "out")
+
+
+def test_moved_inputs_are_the_same(on_files, tmp_path):
+    (tmp_path / "moved").mkdir()
+    for name in ("model", "prompts.jsonl"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    moved = on_files.model_dump(exclude_defaults=True)
+    moved["model"]["name"] = str(tmp_path / "moved" / "model")
+    moved["prompts"]["file"] = str(tmp_path / "moved" / "prompts.jsonl")
+    assert states(Spec.model_validate(moved), tmp_path / "out") == "up to date"
+
+
+# ------------------------------------------------------------------------------------------------------- stopped and damaged
+
+
+def stop_after(batches):
+    """A `stopping` that says yes when it was asked so often."""
+    asked = iter(range(batches))
+    return lambda: next(asked, None) is None
+
+
+@pytest.mark.parametrize("batches", [0, 1, 4])
+def test_a_stopped_run_goes_on(batches, tmp_path):
+    spec = make_spec(30, shard={"tokens": 40}, batch={"tokens": 20})
+    job.run(spec, tmp_path / "whole")
+    with pytest.raises(Stopped, match="goes on"):
+        job.run(spec, tmp_path / "out", stopping=stop_after(batches))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert temporary(tmp_path / "out") == []
+    kept = {path: seen for path, seen in snapshot(tmp_path / "out").items() if path.parent.name == "shards"}
+    assert states(spec, tmp_path / "out") == "done"
+    after = snapshot(tmp_path / "out")
+    assert {path: after[path] for path in kept} == kept
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not (tmp_path / "out" / "plan.tokens").exists()
+
+
+def test_another_spec_does_not_go_on_with_an_unfinished_dump(tmp_path):
+    with pytest.raises(Stopped):
+        job.run(make_spec(30, shard={"tokens": 40}), tmp_path / "out", stopping=stop_after(3))
+    with pytest.raises(OccupiedError, match="`tokens`"):
+        job.run(make_spec(30, shard={"tokens": 40}, tokens="last"), tmp_path / "out")
+
+
+def lose(path):
+    path.unlink()
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("shards/00001.safetensors", lose),
+        ("shards/00001.safetensors", cut),
+        ("shards/00000.json", lose),
+        ("manifest.json", lose),
+        ("manifest.json", cut),
+        ("prompts.jsonl", lose),
+    ],
+)
+def test_what_is_missing_or_cut_is_made_again(name, damage, tmp_path):
+    spec = make_spec(30, shard={"tokens": 100})
+    job.run(spec, tmp_path / "out")
+    whole = contents(tmp_path / "out")
+    before = snapshot(tmp_path / "out")
+    damage(tmp_path / "out" / name)
+    assert states(spec, tmp_path / "out") == "done"
+    assert contents(tmp_path / "out") == whole
+    other = tmp_path / "out" / "shards" / "00002.safetensors"
+    assert snapshot(tmp_path / "out")[other] == before[other]
+    assert temporary(tmp_path / "out") == []
+    assert states(spec, tmp_path / "out") == "up to date"
+
+
+def test_a_plan_that_cannot_be_read_is_replaced_only_when_asked(tmp_path):
+    job.run(make_spec(), tmp_path / "out")
+    whole = contents(tmp_path / "out")
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "out" / "plan.json").write_text(content)
+        with pytest.raises(DataError, match=r"plan\.json: (not a plan|this is format)"):
+            job.run(make_spec(), tmp_path / "out")
+    assert states(make_spec(), tmp_path / "out", overwrite=True) == "done"
+    assert contents(tmp_path / "out") == whole
+
+
+# ---------------------------------------------------------------------------------------------------------------- killed
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """Processes that need not import torch again."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["actdump.job", "actdump.engine", "actdump.model", "transformers.models.gpt2.modeling_gpt2"])
+    return context
+
+
+def test_killed_at_random_moments_the_bytes_are_those_of_one_run(tmp_path, forks):
+    spec = make_spec(250, shard={"tokens": 30}, batch={"tokens": 20})
+    uninterrupted = forks.Process(target=job.run, args=(spec, tmp_path / "whole"))
+    uninterrupted.start()
+    uninterrupted.join()
+    root = tmp_path / "out"
+    chance = random.Random(time.time_ns())
+    kills, kept = 0, {}
+    while True:
+        process = forks.Process(target=job.run, args=(spec, root))
+        process.start()
+        if kills < 11:
+            wait_for_some(root, process, chance, before_the_plan=kills == 0)
+            process.kill()
+        process.join()
+        found = snapshot(root / "shards") if (root / "shards").is_dir() else {}
+        done = {
+            path: seen for path, seen in found.items() if path.with_suffix(".json") in found and not path.name.startswith(".")
+        }
+        assert {path: done[path] for path in kept} == kept  # a part that is done is not written again
+        kept = done
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -9
+        kills += 1
+    assert kills >= 10
+    assert contents(root) == contents(tmp_path / "whole")
+    assert temporary(root) == []
+    assert sorted(path.name for path in root.iterdir()) == ["manifest.json", "plan.json", "prompts.jsonl", "shards"]
+    assert states(spec, root) == "up to date"
+
+
+def wait_for_some(root, process, chance, before_the_plan):
+    """Until a few more parts are done, and some milliseconds more, so that any line of the code may be the last."""
+    if not before_the_plan:
+        records = len(list(root.glob("shards/*.json")))
+        more = chance.randrange(5)
+        while process.is_alive() and (not root.exists() or len(list(root.glob("shards/*.json"))) < records + more):
+            time.sleep(0.002)
+    time.sleep(chance.uniform(0, 0.3 if before_the_plan else 0.02))
+
+
+# ------------------------------------------------------------------------------------------------ batches, order and memory
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"batch": {"tokens": 1}}, {"batch": {"tokens": 64}}, {"batch": {"prompts": 3}}, {"shard": {"tokens": 33}}],
+    ids=str,
+)
+def test_batches_and_shards_move_no_value(other, finished, tmp_path):
+    job.run(make_spec(**other), tmp_path / "out")
+    one, another = actdump.open(finished), actdump.open(tmp_path / "out")
+    assert another.names == one.names
+    assert [vars(prompt) for prompt in another.prompts] == [vars(prompt) for prompt in one.prompts]
+    for name in one.names:
+        tolerance = 1e-2 if one[name][0].dtype == torch.bfloat16 else 1e-5
+        for first, second in zip(one[name], another[name], strict=True):
+            assert first.shape == second.shape
+            assert (first.double() - second.double()).norm() <= tolerance * first.double().norm()
+
+
+def test_prompts_stand_in_the_order_of_the_input(finished):
+    dump = actdump.open(finished)
+    rows = prompts(12)
+    assert [prompt.id for prompt in dump.prompts] == [row["id"] for row in rows]
+    assert [prompt.tokens for prompt in dump.prompts] == [row["input_ids"] for row in rows]
+    assert [len(value) for value in dump["block"]] == [len(row["input_ids"]) for row in rows]
+
+
+def test_a_cast_that_overflows_seals_nothing(tmp_path, monkeypatch):
+    real = job.bind
+
+    def large(spec, source, module):
+        bound = real(spec, source, module)
+        with torch.no_grad():
+            module.transformer.h[0].mlp.c_proj.bias.fill_(1e5)
+        return bound
+
+    monkeypatch.setattr(job, "bind", large)
+    spec = make_spec(save={"mlp": {"address": "transformer.h[0].mlp.output", "dtype": "float16"}})
+    with pytest.raises(DataError, match="too large for float16"):
+        job.run(spec, tmp_path / "out")
+    assert list(tmp_path.rglob("*.safetensors")) == []
+    assert temporary(tmp_path) == []
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+TAKE_IN = """
+import json, resource, sys
+from pathlib import Path
+from actdump import model, plan, prompts, spec, store
+from actdump.format import Folder, plan_to_json
+
+root = Path(sys.argv[1])
+source = model.find(spec.ModelSpec(config={"model_type": "gpt2"}))
+layout = plan.Layout((plan.Slice(), 768), "float32")
+column = plan.Column("a", "a.output", "a.output", "Block", "tensor", "all", None, ("batch", "token", "768"), layout)
+for count in (2_000, 200_000):
+    place = root / str(count)
+    place.mkdir()
+    with (place / "in.jsonl").open("w") as file:
+        for number in range(count):
+            print(json.dumps({"id": f"prompt {number}", "input_ids": list(range(1, 2 + number % 8)), "label": "x" * 50}), file=file)
+    given = spec.PromptsSpec(file=str(place / "in.jsonl"))
+    with store.Intake(Folder(place), plan.Cutter([column], most_bytes=10**9, most_tokens=262_144)) as intake:
+        for prompt, ids in model.tokenise(prompts.read(given), None, spec.TokenizerSpec(), source):
+            intake.add(prompt.number, prompt.id, ids, {}, prompt.fields)
+        made = plan.make({}, [column], intake.cutter.parts, plan.Budget(512))
+        intake.commit(made, {}, plan_to_json)
+    assert made.prompts == count
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path):
+    answer = subprocess.run([sys.executable, "-c", TAKE_IN, tmp_path], capture_output=True, text=True, check=True)
+    few, many = map(int, answer.stdout.split())
+    assert many - few < 100_000, "kilobytes more at the peak for a hundred times as many prompts"
+    assert (tmp_path / "200000/prompts.jsonl").read_bytes().count(b"\n") == 200_000
+
+
+def test_a_run_holds_no_more_batches_than_the_writer_lets_wait(tmp_path, monkeypatch):
+    waiting = []
+    do = store.Writer.do
+
+    def watched(self, task, *args):
+        do(self, task, *args)
+        waiting.append(len(self._waiting))
+
+    monkeypatch.setattr(store.Writer, "do", watched)
+    job.run(make_spec(60, batch={"tokens": 20}), tmp_path / "out")
+    assert len(waiting) > 20
+    assert max(waiting) <= store.AHEAD
