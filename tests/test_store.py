@@ -1,0 +1,378 @@
+"""The store: files that are whole or not there at all, and shards that are plain safetensors files."""
+
+import json
+import os
+import stat
+import struct
+import threading
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from actdump import store
+from actdump.errors import DataError, OccupiedError, StorageError
+from actdump.format import Folder, plan_from_json, plan_to_json, temporary
+from actdump.plan import Budget, Column, Cutter, Layout, Slice, make
+
+LENGTHS = (3, 1, 4, 2)
+IDS = [np.arange(length, dtype=np.int32) + 10 * place for place, length in enumerate(LENGTHS)]
+
+
+def column(name, dims, dtype):
+    return Column(
+        name, f"{name}.output", f"{name}.output", "Linear", "tensor", "all", None, ("batch", "token", "2"), Layout(dims, dtype)
+    )
+
+
+COLUMNS = (
+    column("a.output[0]", (Slice(), 2), "float32"),
+    column("pooled", (3,), "float16"),
+    column("square", (Slice(), Slice()), "uint8"),
+)
+
+
+def known(place, name):
+    """Values that are known in closed form: no two of them in a tap are the same."""
+    length = LENGTHS[place]
+    match name:
+        case "a.output[0]":
+            return np.arange(2 * length, dtype=np.float32).reshape(length, 2) + 100 * place
+        case "pooled":
+            return np.arange(3, dtype=np.float16) + 10 * place
+        case _:
+            return np.arange(length * length, dtype=np.uint8).reshape(length, length) + 20 * place
+
+
+def buffers(places):
+    """What a batch of these prompts hands to the store."""
+    return [np.concatenate([known(place, each.name).reshape(-1) for place in places]).view(np.uint8) for each in COLUMNS]
+
+
+@pytest.fixture(params=["out", 'a folder\'s "name"\nof two lines'])
+def folder(request, tmp_path):
+    root = tmp_path / request.param
+    root.mkdir()
+    return Folder(root)
+
+
+def take_in(folder, most_tokens=100):
+    """A plan of the four prompts, with their tokens spooled."""
+    with store.Intake(folder, Cutter(COLUMNS, most_bytes=10**6, most_tokens=most_tokens)) as intake:
+        for number, ids in enumerate(IDS):
+            intake.add(number, f"p{number}", ids.tolist(), {"text": "ü"}, {"label": number} if number else {})
+        plan = make({"tokens": intake.hash.hexdigest()}, COLUMNS, intake.cutter.parts, Budget(8))
+        intake.commit(plan, {"prompts": [1, 2]}, plan_to_json)
+    return plan
+
+
+def pending(folder, plan, number=0):
+    part = plan.parts[number]
+    return store.Pending(folder, plan, part, store.part_tokens(folder, plan, part))
+
+
+def names(folder):
+    return sorted(path.relative_to(folder.root).as_posix() for path in folder.root.rglob("*"))
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# ---------------------------------------------------------------------------------------------------------------- shards
+
+
+def test_a_shard_is_a_safetensors_file_with_its_header_first(folder):
+    plan = take_in(folder)
+    shard = pending(folder, plan)
+    hidden = temporary(folder.shard(0), os.getpid())
+    assert hidden.stat().st_size == shard.layout.size  # all of it is allocated before the first row
+    length = struct.unpack("<Q", hidden.read_bytes()[:8])[0]
+    header = json.loads(hidden.read_bytes()[8 : 8 + length])
+    assert set(header) - {"__metadata__"} == {
+        name + end for name in ("a.output[0]", "pooled", "square", "tokens") for end in ("", ".offsets")
+    }
+    assert (8 + length) % 8 == 0
+    for places in ([2, 0], [3, 1]):  # batches come in another order than the prompts
+        shard.put(places, buffers(places))
+    record = shard.seal({"batches": 2})
+    assert record.bytes == folder.shard(0).stat().st_size == shard.layout.size
+    assert record.rows == {"a.output[0]": 10, "pooled": 4, "square": 9 + 1 + 16 + 4}
+    assert names(folder) == [
+        "plan.json",
+        "plan.tokens",
+        "prompts.jsonl",
+        "shards",
+        "shards/00000.json",
+        "shards/00000.safetensors",
+    ]
+    tensors = load_file(folder.shard(0))
+    everything = range(len(LENGTHS))
+    assert tensors["a.output[0]"].tolist() == np.concatenate([known(place, "a.output[0]") for place in everything]).tolist()
+    assert tensors["pooled"].dtype == torch.float16
+    assert tensors["pooled"].tolist() == np.stack([known(place, "pooled") for place in everything]).tolist()
+    assert tensors["square"].tolist() == np.concatenate([known(place, "square").reshape(-1) for place in everything]).tolist()
+    assert tensors["square.offsets"].tolist() == [0, 9, 10, 26, 30]
+    assert tensors["a.output[0].offsets"].tolist() == tensors["tokens.offsets"].tolist() == [0, 3, 4, 8, 10]
+    assert tensors["tokens"].tolist() == np.concatenate(IDS).tolist()
+
+
+def test_a_shard_says_what_it_is(folder):
+    plan = take_in(folder, most_tokens=5)
+    shard = pending(folder, plan, 1)
+    shard.put([0, 1], buffers([2, 3])) if plan.parts[1].prompts == 2 else shard.put([0], buffers([2]))
+    shard.seal({})
+    with safe_open(folder.shard(1), framework="np") as file:
+        about = file.metadata()
+    assert about["first_prompt"] == "2"
+    assert about["digest"] == plan.digest
+    assert about["part"] == f"1 of {len(plan.parts)}"
+    assert json.loads(about["taps"])["pooled"] == ["pooled.output", "batch", "token", "2"]
+
+
+def test_the_tensors_are_aligned_to_their_item_size(folder):
+    shard = pending(folder, take_in(folder))
+    sizes = {"int64": 8, "float32": 4, "int32": 4, "float16": 2, "uint8": 1}
+    assert all(tensor.start % sizes[tensor.dtype] == 0 for tensor in shard.layout.tensors.values())
+    shard.discard()
+
+
+def test_a_discarded_shard_leaves_nothing(folder):
+    plan = take_in(folder)
+    before = names(folder)
+    shard = pending(folder, plan)
+    shard.put([0], buffers([0]))
+    assert len(names(folder)) == len(before) + 2
+    shard.discard()
+    shard.discard()
+    assert names(folder) == sorted([*before, "shards"])
+    assert store.done(folder, plan.parts[0], plan.digest) is None
+
+
+def test_discarding_a_sealed_shard_keeps_it(folder):
+    plan = take_in(folder)
+    shard = pending(folder, plan)
+    shard.put([0, 1, 2, 3], buffers([0, 1, 2, 3]))
+    record = shard.seal({})
+    kept = os.open(folder.plan, os.O_RDONLY)  # may have the number of the descriptor that the shard had
+    shard.discard()
+    assert os.fstat(kept).st_size > 0
+    os.close(kept)
+    assert store.done(folder, plan.parts[0], plan.digest) == record
+
+
+def test_a_batch_of_the_wrong_size_is_refused(folder):
+    shard = pending(folder, take_in(folder))
+    with pytest.raises(DataError, match=r"gave \d+ bytes where \d+ were planned"):
+        shard.put([0], buffers([0, 1]))
+    shard.discard()
+
+
+def test_a_part_is_done_only_with_its_record_its_size_and_its_plan(folder):
+    plan = take_in(folder)
+    shard = pending(folder, plan)
+    shard.put([0, 1, 2, 3], buffers([0, 1, 2, 3]))
+    shard.seal({})
+    part = plan.parts[0]
+    assert store.done(folder, part, plan.digest) is not None
+    assert store.done(folder, part, "another") is None
+    os.truncate(folder.shard(0), folder.shard(0).stat().st_size - 1)
+    assert store.done(folder, part, plan.digest) is None
+    with pytest.raises(DataError, match=r"parts \[0\] are not done"):
+        store.seal(folder, plan, {})
+    folder.record(0).write_text("{")
+    assert store.done(folder, part, plan.digest) is None
+    assert not folder.manifest.exists()
+
+
+def test_a_disk_that_refuses_leaves_no_file(folder, monkeypatch):
+    plan = take_in(folder)
+    before = names(folder)
+
+    def full(descriptor, offset, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        pending(folder, plan)
+    assert names(folder) == sorted([*before, "shards"])
+
+
+# ------------------------------------------------------------------------------------------------------------ single files
+
+
+def test_a_file_is_written_whole_or_not_at_all(folder, monkeypatch):
+    path = folder.manifest
+    store.write_atomically(path, b"first")
+    assert path.read_bytes() == b"first"
+
+    def broken(source, target):
+        raise OSError(5, "Input/output error", str(target))
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(StorageError, match="Input/output error"):
+        store.write_atomically(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert names(folder) == ["manifest.json"]
+
+
+def test_the_file_is_flushed_before_it_gets_its_name_and_the_folder_after(folder, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda each: (order.append(stat.S_ISDIR(os.fstat(each).st_mode)), fsync(each)))
+    monkeypatch.setattr(os, "replace", lambda one, other: (order.append("renamed"), replace(one, other)))
+    store.write_atomically(folder.manifest, b"content")
+    assert order == [False, "renamed", True]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_the_umask_decides_the_modes(mask, folder):
+    before = os.umask(mask)
+    try:
+        plan = take_in(folder)
+        shard = pending(folder, plan)
+        shard.put([0, 1, 2, 3], buffers([0, 1, 2, 3]))
+        shard.seal({})
+        store.seal(folder, plan, {})
+    finally:
+        os.umask(before)
+    for path in (folder.plan, folder.prompts, folder.manifest, folder.shard(0), folder.record(0)):
+        assert mode(path) == 0o666 & ~mask
+    assert mode(folder.shards) == 0o777 & ~mask
+
+
+def test_sealing_writes_the_manifest_and_drops_the_spooled_tokens(folder):
+    plan = take_in(folder)
+    assert not store.complete(folder, plan)
+    shard = pending(folder, plan)
+    shard.put([0, 1, 2, 3], buffers([0, 1, 2, 3]))
+    shard.seal({})
+    assert not store.complete(folder, plan)
+    manifest = store.seal(folder, plan, {"by": "a test"})
+    assert manifest.prompts == 4
+    assert manifest.tokens == 10
+    assert store.complete(folder, plan)
+    assert not folder.tokens.exists()
+    folder.record(0).unlink()
+    assert not store.complete(folder, plan)
+
+
+# ------------------------------------------------------------------------------------------------------------ the way in
+
+
+def test_the_spooled_tokens_come_back_part_by_part(folder):
+    plan = take_in(folder, most_tokens=4)
+    assert [part.prompts for part in plan.parts] == [2, 1, 1]
+    assert store.has_tokens(folder, plan)
+    found = [ids.tolist() for part in plan.parts for ids in store.part_tokens(folder, plan, part)]
+    assert found == [ids.tolist() for ids in IDS]
+    loaded, stamps = store.load_plan(folder)
+    assert loaded == plan == plan_from_json(json.loads(folder.plan.read_text()))
+    assert stamps == {"prompts": [1, 2]}
+    lines = [json.loads(line) for line in folder.prompts.read_text().splitlines()]
+    assert lines[2] == {"number": 2, "id": "p2", "tokens": 4, "shard": 1, "text": "ü", "fields": {"label": 2}}
+    os.truncate(folder.tokens, 8)
+    assert not store.has_tokens(folder, plan)
+
+
+def test_an_intake_that_is_broken_off_leaves_nothing(folder):
+    with pytest.raises(KeyboardInterrupt), store.Intake(folder, Cutter(COLUMNS, most_bytes=1, most_tokens=1)) as intake:
+        intake.add(0, "a", [1, 2], {}, {})
+        assert names(folder) != []
+        raise KeyboardInterrupt
+    assert names(folder) == []
+
+
+def test_temporary_files_of_dead_processes_are_swept_and_others_stay(folder):
+    folder.shards.mkdir()
+    dead, own, parents, other = (
+        temporary(folder.shard(0), 2**22 + 1),
+        temporary(folder.shard(1), os.getpid()),
+        temporary(folder.plan, os.getppid()),
+        folder.root / ".hidden",
+    )
+    for path in (dead, own, parents, other):
+        path.write_bytes(b"")
+    store.sweep(folder)
+    assert [path.exists() for path in (dead, own, parents, other)] == [False, False, True, True]
+
+
+def test_clear_removes_a_dump_and_nothing_else(folder):
+    take_in(folder)
+    folder.shards.mkdir()
+    folder.shard(0).write_bytes(b"")
+    (folder.root / "notes").write_bytes(b"")
+    (folder.shards / "notes").write_bytes(b"")
+    store.clear(folder)
+    assert names(folder) == ["notes", "shards", "shards/notes"]
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(OccupiedError, match="is a file"):
+        store.check_free(Folder(tmp_path / "out"), overwrite=True)
+    with pytest.raises(StorageError, match="is a file"):
+        store.check_free(Folder(tmp_path / "out" / "below"), overwrite=False)
+
+
+def test_a_dump_that_does_not_fit_is_refused_beforehand(folder):
+    store.check_space(folder, 1)
+    with pytest.raises(StorageError, match="needs 1,000,000,000,000,000,000 bytes"):
+        store.check_space(folder, 10**18)
+
+
+# ------------------------------------------------------------------------------------------------------------- the writer
+
+
+def test_the_writer_does_its_tasks_in_order():
+    seen = []
+    with store.Writer() as writer:
+        for number in range(20):
+            writer.do(seen.append, number)
+        writer.finish()
+        assert seen == list(range(20))
+
+
+def test_an_error_in_the_thread_is_raised_at_the_next_call():
+    failed = threading.Event()
+
+    def fail():
+        failed.set()
+        raise StorageError("the disk is gone")
+
+    with store.Writer() as writer:
+        writer.do(fail)
+        failed.wait()
+        with pytest.raises(StorageError, match="the disk is gone"):
+            for _ in range(store.AHEAD + 1):
+                writer.do(lambda: None)
+    with pytest.raises(StorageError, match="the disk is gone"), store.Writer() as writer:
+        writer.do(fail)
+        writer.finish()
+
+
+def test_the_writer_lets_only_a_few_tasks_wait():
+    gate, begun = threading.Event(), []
+    with store.Writer() as writer:
+        for _ in range(store.AHEAD):
+            writer.do(gate.wait)
+        late = threading.Thread(target=lambda: (writer.do(lambda: None), begun.append("let in")))
+        late.start()
+        late.join(0.05)
+        assert begun == []
+        gate.set()
+        late.join()
+        writer.finish()
+    assert begun == ["let in"]
+
+
+def test_an_error_here_drops_what_waits_there():
+    gate, done = threading.Event(), []
+    with pytest.raises(KeyboardInterrupt), store.Writer() as writer:
+        writer.do(gate.wait)
+        writer.do(done.append, "waited")
+        threading.Timer(0.05, gate.set).start()
+        raise KeyboardInterrupt
+    assert done == []
