@@ -38,6 +38,8 @@ def open_dump(path: str | Path) -> "Dump":
         return Dump(folder, manifest_from_json(json.loads(folder.manifest.read_bytes())))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder.manifest}: not a manifest: {error}") from None
+    except DataError as error:
+        raise DataError(f"{folder.manifest}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class _OpenShard:
         return self._offsets[name]
 
     def rows(self, name: str, first: int, last: int) -> "torch.Tensor":
+        """Rows as they are mapped; hand out copies, because what is written into these shows in every later read."""
         rows: torch.Tensor = self.file.get_slice(name)[first:last]
         return rows
 
@@ -179,7 +182,7 @@ class Values:
         rows = shard.prompt(self.column.name, number)
         tokens = shard.offsets(TOKENS)
         place = number - shard.shard.first
-        return rows.reshape(self.column.layout.shape(tokens[place + 1] - tokens[place]))
+        return rows.reshape(self.column.layout.shape(tokens[place + 1] - tokens[place])).clone()
 
     def __iter__(self) -> "Iterator[torch.Tensor]":
         return (self[number] for number in range(len(self)))
@@ -237,7 +240,9 @@ class Rows:
                 file = self.dump.shard_of(shard.first)
                 pieces.append(file.rows(self.column.name, begin - self._firsts[place], end - self._firsts[place]))
         empty = torch.empty((0, *self.column.layout.row), dtype=getattr(torch, self.column.layout.dtype))
-        return (torch.cat(pieces) if len(pieces) != 1 else pieces[0])[::step] if pieces else empty
+        if len(pieces) == 1:
+            return pieces[0][::step].clone()
+        return torch.cat(pieces)[::step] if pieces else empty
 
 
 class Prompts:
