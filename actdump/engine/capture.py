@@ -49,7 +49,7 @@ class Padded:
         key = selection, device
         if key not in self._indices:
             everything = self.even and selection in ("all", "mean")
-            self._indices[key] = None if everything else torch.tensor(self._places(selection)).to(device)
+            self._indices[key] = None if everything else torch.tensor(self._places(selection), dtype=torch.long).to(device)
         return self._indices[key]
 
     def _places(self, selection: Selection) -> list[int]:
@@ -230,7 +230,7 @@ def _one_value(site: Site, value: Tensor, shape: tuple[int, int], row: int, leng
         return one
     if selection == "mean":
         return one.mean(axis)
-    return one.index_select(axis, torch.tensor(positions(selection, length), device=one.device))
+    return one.index_select(axis, torch.tensor(positions(selection, length), dtype=torch.long, device=one.device))
 
 
 def _tensor_index(item: Item) -> Any:

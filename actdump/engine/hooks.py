@@ -102,7 +102,9 @@ def which_call(site: Site, calls: int, again: int) -> int:
             "without calling it, so tap the parent"
         )
     if calls != again:
-        raise Unfit(f"{place} ran {calls} times for one prompt and {again} times for three, so its calls cannot be told apart")
+        raise Unfit(
+            f"{place} ran {calls} times for one prompt and {again} times for several, so its calls cannot be told apart"
+        )
     call = site.tap.call
     if call is None:
         if calls > 1:

@@ -13,11 +13,13 @@ from actdump.engine.site import Axis, Feed, Site, bind, cut_out, fits, shape_tex
 from actdump.errors import ActdumpError, AddressError, UsageError
 from actdump.plan import ITEM_BYTES, Layout
 
-# Two shapes whose ratios and differences name every axis: from (1, 7) to (3, 12), a batch axis grows by a factor 3, a token
-# axis by 12/7, their product by 36/7, and a token axis with something added by 5, which is no multiple of 3 - 1.
+# Two shapes whose ratios and differences name every axis: from (1, 7) to (4, 12), a batch axis grows by a factor 4, a token
+# axis by 12/7, their product by 48/7, and a token axis with something added by 5, which is no multiple of 4 - 1.
 ALONE = (1, 7)
-TOGETHER = (3, 12)
-ROW = 1  # the row of TOGETHER that begins with the prompt of ALONE: not the first, so that a stray [0] would show
+TOGETHER = (4, 12)
+# The row of TOGETHER that begins with the prompt of ALONE: not the first, the last or the middle one, so that a stray [0] or
+# [-1] and a reversed batch would show.
+ROW = 1
 ALIKE = 0.05  # median relative error per vector above which two values are not the same value computed in another shape
 
 

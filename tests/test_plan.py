@@ -1,0 +1,121 @@
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actdump.address import Slice
+from actdump.plan import Batch, Budget, Column, Cutter, Layout, Part, batches, digest, make, padded, prompt_bytes
+
+ROWS = Layout((Slice(), 8), "float32")
+COLUMN = Column("x", "h[-1].output", "h[1].output", "Block", "tensor", "all", None, ("batch", "token", "8"), ROWS)
+PARTS = (Part(0, 0, 3, 12, 999), Part(1, 3, 1, 4, 333))
+lengths = st.lists(st.integers(1, 60), min_size=1, max_size=80)
+budgets = st.builds(Budget, st.integers(1, 400), st.none() | st.integers(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("dims", "tokens", "shape", "rows", "row", "nbytes"),
+    [
+        ((Slice(), 8), 5, (5, 8), 5, (8,), 5 * 8 * 4),
+        ((8,), 5, (8,), 1, (8,), 8 * 4),
+        ((), 5, (), 1, (), 4),
+        ((2, 8), 5, (2, 8), 1, (2, 8), 2 * 8 * 4),
+        ((Slice(-3), 8), 2, (2, 8), 2, (8,), 2 * 8 * 4),
+        ((Slice(1, None, 2), 2, 8), 6, (3, 2, 8), 3, (2, 8), 3 * 16 * 4),
+        ((2, Slice(), Slice()), 5, (2, 5, 5), 50, (), 50 * 4),
+        ((2, Slice(), 8), 5, (2, 5, 8), 80, (), 80 * 4),
+    ],
+)
+def test_a_layout_knows_the_shape_rows_and_bytes_of_a_prompt(dims, tokens, shape, rows, row, nbytes):
+    layout = Layout(dims, "float32")
+    assert (layout.shape(tokens), layout.rows(tokens), layout.row, layout.bytes(tokens)) == (shape, rows, row, nbytes)
+    assert replace(layout, dtype="bfloat16").bytes(tokens) * 2 == nbytes
+
+
+@given(lengths, budgets)
+def test_batches_hold_every_prompt_once_within_the_budget(lengths, budget):
+    cut = batches(lengths, budget)
+    assert sorted(place for batch in cut for place in batch) == list(range(len(lengths)))
+    for batch in cut:
+        assert len(batch) == 1 or len(batch) * max(lengths[place] for place in batch) <= budget.tokens
+        assert len(batch) <= (budget.prompts or len(batch))
+
+
+@given(lengths, budgets, st.randoms())
+def test_the_cut_follows_lengths_alone(lengths, budget, random):
+    shuffled = random.sample(lengths, len(lengths))
+    cuts = [[[order[place] for place in batch] for batch in batches(order, budget)] for order in (lengths, shuffled)]
+    assert cuts[0] == cuts[1]
+
+
+def test_prompts_of_like_length_share_a_batch_longest_first():
+    cut = batches([4, 9, 4, 9, 9, 4], Budget(18))
+    assert cut == [[1, 3], [4], [0, 2, 5]]
+    assert padded([4, 9, 4, 9, 9, 4], cut) == 39
+
+
+def test_padded_counts_the_padding():
+    assert padded([5, 3, 2], [[0, 1], [2]]) == 12
+
+
+@given(lengths, st.integers(1, 3000), st.integers(1, 100))
+def test_parts_are_consecutive_and_under_the_limits(lengths, most_bytes, most_tokens):
+    cutter = Cutter([COLUMN], most_bytes=most_bytes, most_tokens=most_tokens)
+    placed = [cutter.add(length) for length in lengths]
+    held = [lengths[part.first : part.first + part.prompts] for part in cutter.parts]
+    assert [length for part in held for length in part] == lengths
+    assert placed == [number for number, part in enumerate(held) for _ in part]
+    for part, inside in zip(cutter.parts, held, strict=True):
+        assert (part.tokens, part.bytes) == (sum(inside), sum(prompt_bytes([COLUMN], length) for length in inside))
+        assert part.prompts == 1 or (part.bytes <= most_bytes and part.tokens <= most_tokens)
+    for inside, after in pairwise(held):  # a part ends only where the next prompt would not fit
+        size = sum(prompt_bytes([COLUMN], length) for length in [*inside, after[0]])
+        assert size > most_bytes or sum(inside) + after[0] > most_tokens
+
+
+def test_no_prompts_make_no_parts():
+    assert Cutter([COLUMN], most_bytes=1, most_tokens=1).parts == ()
+
+
+def planned(*, facts=None, column=COLUMN, parts=PARTS, budget=Budget(512)):  # noqa: B008 (frozen)
+    return make(facts or {"spec": {"model": "m", "dtype": "auto"}}, [column], parts, budget)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"facts": {"spec": {"model": "other", "dtype": "auto"}}},
+        {"column": replace(COLUMN, name="y")},
+        {"column": replace(COLUMN, resolved="h[2].output")},
+        {"column": replace(COLUMN, tokens="last")},
+        {"column": replace(COLUMN, call=0)},
+        {"column": replace(COLUMN, layout=Layout((Slice(), 8), "bfloat16"))},
+        {"column": replace(COLUMN, layout=Layout((Slice(1), 8), "float32"))},
+        {"parts": (Part(0, 0, 2, 12, 999), Part(1, 2, 2, 4, 333))},
+        {"budget": Budget(256)},
+        {"budget": Budget(512, 4)},
+    ],
+)
+def test_the_digest_changes_with_what_decides_the_bytes(change):
+    assert planned(**change).digest != planned().digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"facts": {"spec": {"dtype": "auto", "model": "m"}}},
+        {"column": replace(COLUMN, address="h[1].output")},
+        {"column": replace(COLUMN, module="Other", form="tuple of 2")},
+    ],
+)
+def test_the_digest_stays_with_what_does_not(change):
+    assert planned(**change).digest == planned().digest
+
+
+def test_totals_are_those_of_the_parts():
+    plan = planned()
+    assert (plan.prompts, plan.tokens, plan.bytes) == (4, 16, 1332)
+    assert Batch((7, 2), ([1, 2, 3], [4])).lengths == (3, 1)
+    assert digest([1]) == "080a9ed428559ef602668b4c00f114f1a11c3f6b02a435f0bdc154578e4d7f22"
