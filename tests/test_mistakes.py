@@ -47,6 +47,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other on a busy machine take half a minute
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it may have been imported before
     return folder
 
@@ -719,10 +720,10 @@ def wait_for(process: subprocess.Popen[str], words: str) -> None:
 
 
 def test_ctrl_c_once_stops_soon_and_the_same_command_goes_on() -> None:
-    write_prompts(800, 40)
+    write_prompts(400, 40)
     Path("spec.yaml").write_text(MANY + "shard: {tokens: 1000}\n")
     with started("run", "spec.yaml") as process:
-        wait_for(process, "32,000 tokens")
+        wait_for(process, "16,000 tokens")
         while not list(Path("out").rglob("0000*.json")):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
@@ -734,7 +735,7 @@ def test_ctrl_c_once_stops_soon_and_the_same_command_goes_on() -> None:
     assert "the same command goes on" in err
     assert nothing_finished()
     sealed = {path: path.stat().st_mtime_ns for path in Path("out/shards").iterdir()}
-    said = actdump("run", "spec.yaml")
+    said = actdump_process("run", "spec.yaml")
     assert said.code == 0
     assert "parts done before" in said.err
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in sealed.items())

@@ -1,0 +1,147 @@
+"""Where prompts come from: each form, ids and fields, and that nothing is read before it is needed."""
+
+import io
+import json
+import os
+import sys
+import threading
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from actdump.errors import MissingError, SpecError
+from actdump.prompts import Prompt, read
+from actdump.spec import PromptsSpec
+
+
+def rows(*values: object, **options) -> list[Prompt]:
+    return list(read(PromptsSpec.model_validate({"rows": list(values), **options})))
+
+
+def from_file(path: Path, content: str | bytes, **options) -> list[Prompt]:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return list(read(PromptsSpec(file=str(path), **options)))
+
+
+def test_a_list() -> None:
+    one, two = rows("text", {"id": "b", "input_ids": [1, 2], "label": True})
+    assert (one.number, one.id, one.content, one.fields, one.where) == (0, "0", "text", {}, "prompts[0]")
+    assert (two.number, two.id, two.content, two.fields, two.where) == (1, "b", [1, 2], {"label": True}, "prompts[1]")
+
+
+def test_a_text_file(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    found = from_file(path, "one\r\n  two é\nthree")
+    assert [prompt.content for prompt in found] == ["one", "  two é", "three"]
+    assert [prompt.where for prompt in found] == [f"{path}:1", f"{path}:2", f"{path}:3"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    assert from_file(tmp_path / "p.txt", b"\xef\xbb\xbfone\n")[0].content == "one"
+
+
+def test_only_line_ends_end_lines(tmp_path: Path) -> None:
+    found = from_file(tmp_path / "p.txt", "one\u2028still\x0cone\ntwo\n")
+    assert [prompt.content for prompt in found] == ["one\u2028still\x0cone", "two"]
+
+
+def test_a_json_file(tmp_path: Path) -> None:
+    lines = [
+        {"text": "one", "id": 5, "label": "x"},
+        "two",
+        {"input_ids": [1]},
+        {"messages": [{"role": "user", "content": "hello"}]},
+    ]
+    found = from_file(tmp_path / "p.jsonl", "\n".join(map(json.dumps, lines)))
+    assert [prompt.content for prompt in found] == ["one", "two", [1], [{"role": "user", "content": "hello"}]]
+    assert [prompt.id for prompt in found] == ["5", "1", "2", "3"]
+    assert found[0].fields == {"label": "x"}
+
+
+def test_other_names_of_fields(tmp_path: Path) -> None:
+    lines = [{"q": "one", "key": "a", "text": "kept away"}, {"q": [1, 2], "key": "b", "id": 9}]
+    found = from_file(tmp_path / "p.jsonl", "\n".join(map(json.dumps, lines)), text="q", id="key")
+    assert [(prompt.content, prompt.id) for prompt in found] == [("one", "a"), ([1, 2], "b")]
+
+
+def test_a_field_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"p\.jsonl:1: there is no field `q`.*there is question, label"):
+        from_file(tmp_path / "p.jsonl", '{"question": "x", "label": 1}\n', text="q")
+    with pytest.raises(SpecError, match=r"p\.jsonl:1: there is no field `key`"):
+        from_file(tmp_path / "p.jsonl", '{"text": "x"}\n', id="key")
+
+
+def test_standard_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("one\ntwo\n".encode())))
+    found = list(read(PromptsSpec(file="-", format="txt")))
+    assert [prompt.content for prompt in found] == ["one", "two"]
+    assert found[1].where == "standard input:2"
+    kept = tmp_path / "kept"
+    kept.write_text('"three"\n')
+    assert next(read(PromptsSpec(file="-", format="jsonl"), kept)).where == "standard input:1"
+
+
+def test_a_limit_takes_the_first(tmp_path: Path) -> None:
+    assert [prompt.content for prompt in rows("a", "b", "c", limit=2)] == ["a", "b"]
+    assert len(from_file(tmp_path / "p.txt", "a\nb\nc\n", limit=2)) == 2
+    assert len(from_file(tmp_path / "p.txt", "a\nb\nc\n", limit=9)) == 3
+
+
+def test_what_comes_after_the_limit_is_not_read(tmp_path: Path) -> None:
+    content = '{"text": "x"}\n' * 19 + "broken\n"
+    assert len(from_file(tmp_path / "p.jsonl", content, limit=10)) == 10
+    spec = PromptsSpec(file=str(tmp_path / "p.jsonl"))
+    assert len(list(islice(read(spec), 10))) == 10
+    with pytest.raises(SpecError, match=r"p\.jsonl:20: not JSON"):
+        list(read(spec))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_file_is_read_as_it_comes(tmp_path: Path) -> None:
+    """From a pipe whose writer waits, prompts come before the end is written."""
+    pipe = tmp_path / "p.txt"
+    os.mkfifo(pipe)
+    seen = threading.Event()
+    waited: list[bool] = []
+
+    def write() -> None:
+        with pipe.open("w") as file:
+            file.write("line\n" * 50_000)  # more than any buffer
+            file.flush()
+            waited.append(seen.wait(20))
+            file.write("last\n")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    prompts = read(PromptsSpec(file=str(pipe)))
+    assert len(list(islice(prompts, 10))) == 10
+    seen.set()
+    assert sum(1 for _ in prompts) == 50_001 - 10
+    writer.join(20)
+    assert waited == [True]
+
+
+def test_ids_must_differ() -> None:
+    with pytest.raises(SpecError, match=r"prompts\[1\]: the id `a` is given twice"):
+        rows({"id": "a", "text": "x"}, {"id": "a", "text": "y"})
+    with pytest.raises(SpecError, match=r"prompts\[1\]: the id `0` is given twice"):
+        rows("x", {"id": 0, "text": "y"})
+    with pytest.raises(SpecError, match=r"prompts\[1\]: the id `1` is given twice"):
+        rows({"id": 1, "text": "x"}, "y")
+
+
+def test_same_text_twice_is_two_prompts() -> None:
+    assert [prompt.id for prompt in rows("x", "x")] == ["0", "1"]
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="there is no file"):
+        list(read(PromptsSpec(file=str(tmp_path / "nowhere.txt"))))
+    with pytest.raises(MissingError, match="is a folder"):
+        list(read(PromptsSpec(file=str(tmp_path), format="txt")))
+
+
+def test_a_file_without_prompts(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="there are no prompts in it"):
+        from_file(tmp_path / "p.txt", "")
