@@ -381,6 +381,7 @@ class _Document:
     data: Any = None
     lines: dict[Where, str] = field(default_factory=dict)
     mistakes: list[tuple[str, str]] = field(default_factory=list)
+    unset: set[str] = field(default_factory=set)
 
     def read(self, text: str) -> None:
         try:
@@ -440,6 +441,7 @@ class _Document:
                 return found[0][1:]
             given = self.environment.get(found[1])
             if given is None and found[2] is None:
+                self.unset.add(self.lines[where])
                 self._mistake(
                     self.lines[where], f"${{{found[1]}}} is not set in the environment; give a default with ${{{found[1]}:-…}}"
                 )
@@ -494,7 +496,8 @@ class _Document:
         except ValidationError as error:
             for each in error.errors():
                 where = self._place(each["loc"])
-                self._mistake(self._line(where), _said(each, where))
+                if self._line(where) not in self.unset:  # what follows from a missing variable is no mistake of its own
+                    self._mistake(self._line(where), _said(each, where))
         if self.mistakes or spec is None:
             ordered = sorted(self.mistakes, key=lambda mistake: self._order(mistake[0]))
             raise SpecError("\n".join(dict.fromkeys(f"{line}: {text}" for line, text in ordered)))

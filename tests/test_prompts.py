@@ -73,7 +73,7 @@ def test_a_field_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) 
 
 
 def test_standard_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("one\ntwo\n".encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
     found = list(read(PromptsSpec(file="-", format="txt")))
     assert [prompt.content for prompt in found] == ["one", "two"]
     assert found[1].where == "standard input:2"

@@ -1,0 +1,217 @@
+"""The command line: what it imports, what it prints where, and that every command explains itself."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from actdump.cli import app
+
+SPEC = """\
+model: {config: {model_type: gpt2, n_layer: 2, n_embd: 32, n_head: 2, vocab_size: 100, n_positions: 64}, seed: 0}
+prompts:
+  - input_ids: [1, 2, 3]
+  - input_ids: [4, 5]
+  - {input_ids: [6], id: last, label: x}
+save:
+  final: transformer.h[-1].output[0]
+output: out
+"""
+COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("spec.yaml").write_text(SPEC)
+    return tmp_path
+
+
+def actdump(*words: str, code: int = 0, stdin: str | None = None):
+    result = CliRunner().invoke(app, list(words), input=stdin)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    print(result.stdout, result.stderr, sep="\n")
+    assert result.exit_code == code
+    return result
+
+
+def heavy(words: Sequence[str], code: int) -> set[str]:
+    """Which of the heavy libraries a command imports, in a process of its own."""
+    program = (
+        "import sys\nfrom actdump.cli import app\n"
+        f"try:\n    app({list(words)!r})\nexcept SystemExit as end:\n    assert end.code == {code}, end.code\n"
+        "print('HEAVY', *({'torch', 'transformers', 'numpy', 'safetensors'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+# -------------------------------------------------------------------------------------------------------- fast where it can be
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["schema"]])
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    assert heavy(words, 0) == set()
+
+
+def test_help_imports_no_spec_either() -> None:
+    program = "import sys, actdump.cli\nprint(*({'yaml', 'pydantic', 'rich.progress', 'actdump.spec'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_a_bad_spec_is_told_without_torch(command: str) -> None:
+    Path("spec.yaml").write_text(SPEC.replace("output:", "outptu:"))
+    assert heavy([command, "spec.yaml"], 2) & {"torch", "transformers"} == set()
+
+
+def test_an_up_to_date_dump_is_told_without_torch_and_without_a_touch() -> None:
+    actdump("run", "spec.yaml")
+    before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")}
+    assert heavy(["run", "spec.yaml"], 0) & {"torch", "transformers"} == set()
+    assert heavy(["run", "spec.yaml", "--overwrite"], 0) & {"torch", "transformers"} == set()
+    assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")} == before
+
+
+def test_another_dump_in_the_folder_is_told_without_torch() -> None:
+    actdump("run", "spec.yaml")
+    assert heavy(["run", "spec.yaml", "--set", "dtype=float16"], 73) & {"torch", "transformers"} == set()
+
+
+# ------------------------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    said = actdump(command, "--help")
+    assert "Usage" in said.stdout
+    for option in get_command(app).commands[command].params:  # type: ignore[attr-defined]
+        assert getattr(option, "help", None), f"{command} {option.name} has no help"
+
+
+def test_the_commands() -> None:
+    assert {"run", "check", "tree", "show", "verify", "schema"} <= set(COMMANDS)
+    said = actdump("--help")
+    assert all(command in said.stdout for command in COMMANDS)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- run
+
+
+def test_run_prints_the_manifest_on_stdout_and_all_else_on_stderr() -> None:
+    said = actdump("run", "spec.yaml")
+    assert said.stdout == "out/manifest.json\n"
+    assert "3 prompts, 6 tokens" in said.stderr
+    again = actdump("run", "spec.yaml")
+    assert again.stdout == "out/manifest.json\n"
+    assert "up to date" in again.stderr
+
+
+def test_quiet_says_only_the_result() -> None:
+    said = actdump("run", "-q", "spec.yaml")
+    assert (said.stdout, said.stderr) == ("out/manifest.json\n", "")
+    said = actdump("run", "-q", "spec.yaml")
+    assert (said.stdout, said.stderr) == ("out/manifest.json\n", "")
+    said = actdump("run", "-q", "spec.yaml", "--set", "dtype=float16", code=73)
+    assert said.stdout == ""
+    assert said.stderr.startswith("error: ")
+
+
+def test_run_as_json() -> None:
+    value = json.loads(actdump("run", "spec.yaml", "--json").stdout)
+    assert (value["state"], value["manifest"], value["prompts"], value["tokens"]) == ("done", "out/manifest.json", 3, 6)
+    assert json.loads(actdump("run", "spec.yaml", "--json").stdout)["state"] == "up to date"
+
+
+def test_another_output() -> None:
+    assert actdump("run", "spec.yaml", "-o", "else/where").stdout == "else/where/manifest.json\n"
+    assert not Path("out").exists()
+
+
+def test_a_limit_takes_the_first_prompts() -> None:
+    assert json.loads(actdump("run", "spec.yaml", "--limit", "2", "--json").stdout)["prompts"] == 2
+    assert len(Path("out/prompts.jsonl").read_text().splitlines()) == 2
+    actdump("run", "spec.yaml", "--limit", "0", code=2)
+
+
+def test_standard_input() -> None:
+    Path("spec.yaml").write_text(
+        SPEC.partition("prompts:")[0] + "prompts: {file: '-', format: jsonl}\nsave: [transformer.wte.output]\n"
+    )
+    lines = '{"input_ids": [1, 2]}\n{"input_ids": [3]}\n'
+    said = actdump("run", "spec.yaml", "-o", "out", "--json", stdin=lines)
+    assert json.loads(said.stdout)["tokens"] == 3
+    again = actdump("run", "spec.yaml", "-o", "out", "--json", stdin=lines)
+    assert json.loads(again.stdout)["state"] == "up to date"
+    actdump("run", "spec.yaml", "-o", "out", stdin=lines + lines, code=73)
+
+
+def test_dry_run_writes_nothing() -> None:
+    before = set(Path().rglob("*"))
+    said = actdump("run", "spec.yaml", "--dry-run")
+    assert "final" in said.stdout
+    assert "(batch, token, 32)" in said.stdout
+    assert set(Path().rglob("*")) == before
+
+
+# ------------------------------------------------------------------------------------------------------------- the other commands
+
+
+def test_check_foretells_the_exact_bytes() -> None:
+    foretold = json.loads(actdump("check", "spec.yaml", "--json").stdout)
+    made = json.loads(actdump("run", "spec.yaml", "--json").stdout)
+    assert foretold["bytes"] == made["bytes"] == Path("out/shards/00000.safetensors").stat().st_size
+    assert (foretold["prompts"], foretold["tokens"], foretold["parts"], foretold["weights_loaded"]) == (3, 6, 1, False)
+    assert foretold["taps"] == [{
+        "name": "final", "address": "transformer.h[-1].output[0]", "resolved": "transformer.h[1].output[0]", "module": "GPT2Block",
+        "axes": ["batch", "token", "32"], "value": "(tokens, 32)", "dtype": "float32", "rows": 6, "bytes": 6 * 32 * 4,
+    }]  # fmt: skip
+
+
+def test_check_in_words() -> None:
+    said = actdump("check", "spec.yaml")
+    for word in ("GPT2Block", "(batch, token, 32)", "768", "3, 6 tokens", "are free"):
+        assert word in said.stdout
+    assert not Path("out").exists()
+
+
+def test_tree() -> None:
+    said = actdump("tree", "spec.yaml", "--grep", "attn", "--depth", "9")
+    assert "transformer.h[0].attn" in said.stdout
+    assert "GPT2Attention" in said.stdout
+    assert "wte" not in said.stdout
+    assert "h[0]" not in actdump("tree", "spec.yaml", "--depth", "1").stdout
+
+
+def test_show_and_verify() -> None:
+    actdump("run", "spec.yaml")
+    said = actdump("show", "out")
+    for word in ("final", "GPT2LMHeadModel", "float32", "3, 6 tokens"):
+        assert word in said.stdout
+    assert json.loads(actdump("show", "out", "--json").stdout)["prompts"] == 3
+    said = actdump("verify", "out")
+    assert "whole" in said.stdout
+    assert said.stderr == ""
+
+
+def test_schema() -> None:
+    schema = json.loads(actdump("schema").stdout)
+    assert {"model", "prompts", "save", "output"} <= set(schema["properties"])
+    assert schema["additionalProperties"] is False
+
+
+def test_results_may_be_piped_into_something_that_stops_reading() -> None:
+    done = subprocess.run(
+        f"set -o pipefail; '{Path(sys.executable).with_name('actdump')}' schema | true", shell=True,
+        executable="/bin/bash", capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    assert "rror" not in done.stderr

@@ -1,0 +1,202 @@
+"""Models and tokenizers: found, loaded, and how text becomes tokens."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from actdump import model
+from actdump.errors import MissingError, SpecError, UsageError
+from actdump.prompts import Prompt
+from actdump.spec import ModelSpec, TokenizerSpec
+
+GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 100, "n_positions": 64}
+BERT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 100}
+
+
+def prompt(content, number: int = 0) -> Prompt:
+    return Prompt(number, str(number), content, {}, f"prompts[{number}]")
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    """A folder with a tokenizer of whole words."""
+    vocabulary = {
+        word: number for number, word in enumerate(["[UNK]", "the", "tower", "is", "in", "a", "city", "of", "user", "hello"])
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path / "words")
+    return tmp_path / "words"
+
+
+@pytest.fixture
+def source() -> model.Source:
+    return model.find(ModelSpec(config=GPT2))
+
+
+def ids(prompts, source: model.Source, words: Path | None = None, **options) -> list[list[int]]:
+    spec = TokenizerSpec(name=None if words is None else str(words), **options)
+    return [found for _, found in model.tokenise(prompts, model.load_tokenizer(spec, source), spec, source)]
+
+
+# ------------------------------------------------------------------------------------------------------------------------ models
+
+
+def test_random_weights_are_those_of_the_seed() -> None:
+    one, same, other = (model.load(model.find(ModelSpec(config=GPT2, seed=seed))) for seed in (1, 1, 2))
+    weights = [each.transformer.wte.weight for each in (one, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert not one.training
+
+
+@pytest.mark.parametrize(
+    ("build", "task", "name"),
+    [
+        (lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=100)), "causal-lm", "GPT2LMHeadModel"),
+        (lambda: BertForMaskedLM(BertConfig(**BERT)), "masked-lm", "BertForMaskedLM"),
+        (lambda: BertModel(BertConfig(**BERT)), "base", "BertModel"),
+    ],
+)
+def test_a_folder_gives_the_class_that_was_saved(tmp_path: Path, build, task: str, name: str, caplog) -> None:
+    saved = build()
+    saved.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, "actdump"):
+        source = model.find(ModelSpec(name=str(tmp_path)))
+        loaded = model.load(source)
+    assert (source.task, type(loaded).__name__) == (task, name)
+    assert all(torch.equal(one, other) for one, other in zip(saved.parameters(), loaded.parameters(), strict=True))
+    assert "random" not in caplog.text
+
+
+def test_the_skeleton_has_all_modules_and_no_weights(source: model.Source) -> None:
+    skeleton, full = model.skeleton(source), model.load(source)
+    assert [name for name, _ in skeleton.named_modules()] == [name for name, _ in full.named_modules()]
+    assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
+
+
+def test_another_task_warns_of_random_weights(tmp_path: Path, caplog) -> None:
+    BertModel(BertConfig(**BERT)).save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, "actdump"):
+        model.load(model.find(ModelSpec(name=str(tmp_path), task="masked-lm")))
+    assert "they are random" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_the_dtype_of_the_weights(tmp_path: Path, dtype: str) -> None:
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=100)).to(torch.bfloat16).save_pretrained(tmp_path)
+    auto = model.find(ModelSpec(name=str(tmp_path)))
+    assert auto.dtype == next(model.load(auto).parameters()).dtype == torch.bfloat16
+    asked = model.find(ModelSpec(name=str(tmp_path), dtype=dtype))
+    assert asked.dtype == next(model.load(asked).parameters()).dtype == getattr(torch, dtype)
+
+
+def test_the_config_of_a_folder_with_random_weights(tmp_path: Path) -> None:
+    GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=100).save_pretrained(tmp_path)
+    loaded = model.load(model.find(ModelSpec(config=str(tmp_path))))
+    assert len(loaded.transformer.h) == 1
+
+
+def test_an_attention_implementation_is_taken() -> None:
+    loaded = model.load(model.find(ModelSpec(config=GPT2, attn_implementation="eager")))
+    assert loaded.config._attn_implementation == "eager"
+    with pytest.raises(UsageError, match="model: "):
+        model.load(model.find(ModelSpec(config=GPT2, attn_implementation="eagle")))
+
+
+def test_a_gguf_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match=r"there is no `x\.gguf` in"):
+        model.find(ModelSpec(name=str(tmp_path), gguf_file="x.gguf"))
+
+
+def test_devices() -> None:
+    assert model.pick_device("cpu").type == "cpu"
+    for name in ("gpu", "cuda:x"):
+        with pytest.raises(UsageError, match="is not a device"):
+            model.pick_device(name)
+
+
+# -------------------------------------------------------------------------------------------------------------------- tokenizing
+
+
+def test_text_and_ids_may_be_mixed_and_keep_their_order(source: model.Source, words: Path) -> None:
+    prompts = [prompt("the tower"), prompt([7, 8, 9], 1), prompt("in a city", 2)]
+    assert ids(prompts, source, words) == [[1, 2], [7, 8, 9], [4, 5, 6]]
+
+
+def test_a_folder_of_a_model_brings_its_tokenizer(tmp_path: Path, words: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=100)).save_pretrained(words)
+    assert ids([prompt("the tower")], model.find(ModelSpec(name=str(words)))) == [[1, 2]]
+
+
+def test_without_a_tokenizer_ids_work_and_text_does_not(source: model.Source) -> None:
+    assert ids([prompt([1, 2])], source) == [[1, 2]]
+    with pytest.raises(SpecError, match=r"prompts\[0\]: the model has no tokenizer"):
+        ids([prompt("text")], source)
+    with pytest.raises(SpecError, match=r"prompts\[0\]: the model has no tokenizer, so `messages`"):
+        ids([prompt([{"role": "user", "content": "x"}])], source)
+
+
+def test_messages_go_through_a_template(source: model.Source, words: Path) -> None:
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}is{% endif %}"
+    messages = prompt([{"role": "user", "content": "hello"}])
+    assert ids([messages], source, words, chat_template=template) == [[8, 9]]
+    assert ids([messages], source, words, chat_template=template, add_generation_prompt=True) == [[8, 9, 3]]
+    with pytest.raises(SpecError, match=r"prompts\[0\]: the tokenizer has no chat template"):
+        ids([messages], source, words)
+    with pytest.raises(SpecError, match=r"prompts\[0\]: the chat template fails: "):
+        ids([messages], source, words, chat_template="{{ raise_exception('no') }}")
+    with pytest.raises(SpecError, match=r"prompts\[0\]: "):
+        ids([messages], source, words, chat_template="{% for %}")
+
+
+def test_too_long_is_an_error_or_cut(source: model.Source, words: Path) -> None:
+    long = [prompt("the " * 70), prompt([1] * 70, 1)]
+    for each in long:
+        with pytest.raises(SpecError, match=r"has 70 tokens, and the model allows 64; .*truncation: true"):
+            ids([each], source, words)
+    assert [len(found) for found in ids(long, source, words, truncation=True)] == [64, 64]
+    assert [len(found) for found in ids(long, source, words, truncation=True, max_length=5)] == [5, 5]
+
+
+def test_a_model_without_a_limit_has_none(words: Path) -> None:
+    config = {"model_type": "bloom", "n_layer": 1, "hidden_size": 32, "n_head": 2, "vocab_size": 100}
+    found = ids([prompt("the " * 5000)], model.find(ModelSpec(config=config)), words)
+    assert len(found[0]) == 5000
+
+
+def test_an_unlimited_reader_is_read_piece_by_piece(source: model.Source) -> None:
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield prompt([1, 2], taken)
+
+    spec = TokenizerSpec()
+    assert next(model.tokenise(endless(), None, spec, source))[1] == [1, 2]
+    assert taken <= model.CHUNK
+
+
+def test_a_token_outside_the_vocabulary(source: model.Source) -> None:
+    for wrong in (100, -1):
+        with pytest.raises(SpecError, match=f"has the token id {wrong}; the vocabulary is 0 to 99"):
+            ids([prompt([1, wrong])], source)
+
+
+def test_a_tokenizer_folder_without_a_tokenizer(source: model.Source, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingError, match=r"tokenizer\.name: there is no tokenizer in"):
+        ids([prompt("x")], source, tmp_path / "empty")
+
+
+def test_a_broken_tokenizer_file(source: model.Source, words: Path) -> None:
+    (words / "tokenizer.json").write_text(json.dumps({"version": "1.0"}))
+    with pytest.raises(MissingError, match="tokenizer: none can be loaded from"):
+        ids([prompt("x")], source, words)
