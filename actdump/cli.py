@@ -114,8 +114,8 @@ def _run(spec: "Spec", root: Path, overwrite: bool, as_json: bool, quiet: bool) 
                 outcome = job.run(spec, root, overwrite=overwrite, watcher=bar, stopping=lambda: signals.asked)
     manifest = outcome.manifest
     if not quiet:
-        console.err.print(f"{root}: {outcome.state}: {manifest.prompts:,} prompts, {manifest.tokens:,} tokens, "
-                          f"{console.size(manifest.bytes)}, {outcome.seconds:.1f} s")  # fmt: skip
+        counts = f"{console.counted(manifest.prompts, 'prompt')}, {console.counted(manifest.tokens, 'token')}"
+        console.err.print(f"{root}: {outcome.state}: {counts}, {console.size(manifest.bytes)}, {outcome.seconds:.1f} s")
     result = {"state": outcome.state, "manifest": str(outcome.path), "digest": manifest.digest, "prompts": manifest.prompts,
               "tokens": manifest.tokens, "bytes": manifest.bytes, "seconds": round(outcome.seconds, 3)}  # fmt: skip
     typer.echo(json.dumps(result) if as_json else outcome.path)
@@ -212,12 +212,12 @@ def _summary(manifest: Any) -> list[tuple[str, str]]:
 def verify(out: Folder) -> None:
     """Compare every byte of a dump with its manifest."""
     with _quitting():
-        from actdump import reader
+        from actdump import console, reader
 
         dump = reader.open_dump(out)
         if faults := reader.verify(dump):
             raise DataError("\n".join(faults))
-        typer.echo(f"{out}: whole: {len(dump.manifest.shards)} shards, {dump.manifest.bytes:,} bytes")
+        typer.echo(f"{out}: whole: {console.counted(len(dump.manifest.shards), 'shard')}, {dump.manifest.bytes:,} bytes")
 
 
 @app.command()

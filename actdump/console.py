@@ -43,6 +43,11 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def error(message: str) -> None:
     """An error, in red on a terminal."""
     err.print(Text.assemble(("error: ", "bold red"), message))

@@ -128,13 +128,19 @@ def _standing(spec: Spec, sources: inputs.Inputs, folder: Folder, overwrite: boo
     return None
 
 
-def _difference(now: Mapping[str, Any], before: Mapping[str, Any]) -> str | None:
+def _difference(now: object, before: object, key: str = "") -> str | None:
     """The first place where two specs differ, in words."""
-    keys = [key for key in {**before, **now} if now.get(key) != before.get(key)]
-    if not keys:
+    if now == before:
         return None
-    key = keys[0]
-    return f"`{key}` was {_short(before.get(key))} and is {_short(now.get(key))}"
+    if isinstance(now, dict) and isinstance(before, dict):
+        names = [name for name in {**before, **now} if now.get(name) != before.get(name)]
+        return _difference(now.get(names[0]), before.get(names[0]), f"{key}.{names[0]}".lstrip("."))
+    if isinstance(now, list) and isinstance(before, list):
+        if len(now) != len(before):
+            return f"`{key}` had {len(before)} entries and has {len(now)}"
+        place = next(place for place in range(len(now)) if now[place] != before[place])
+        return _difference(now[place], before[place], f"{key}[{place}]")
+    return f"`{key}` was {_short(before)} and is {_short(now)}"
 
 
 def _short(value: object) -> str:

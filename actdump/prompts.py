@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from actdump.errors import MissingError, SpecError
-from actdump.spec import PromptsSpec, Row
+from actdump.spec import PromptsSpec, Row, said
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,7 @@ def _checked(value: dict[str, Any], where: str) -> Row:
         return Row.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        message = str(first["ctx"]["error"]) if first["type"] == "value_error" else f"{place}: {first['msg']}"
-        raise SpecError(f"{where}: {message}") from None
+        raise SpecError(f"{where}: {said(first, first['loc'])}") from None
 
 
 @dataclass

@@ -195,7 +195,8 @@ class Values:
     def __repr__(self) -> str:
         layout = self.column.layout
         dims = ", ".join("tokens" if not isinstance(dim, int) else str(dim) for dim in layout.dims)
-        return f"Values({self.column.name!r}: {len(self)} prompts of ({dims}), {layout.dtype})"
+        comma = "," * (len(layout.dims) == 1)
+        return f"Values({self.column.name!r}: {len(self)} prompts of ({dims}{comma}), {layout.dtype})"
 
 
 class Rows:

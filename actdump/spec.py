@@ -27,6 +27,9 @@ FLOATS = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_
 StorageType = Literal["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
 
 
+LOCAL = "local files"  # stands in a decisive spec for a path, because contents count and not names
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -307,11 +310,11 @@ class Spec(_Strict):
         """The part of the spec that decides the bytes, its local files apart (their contents count, not their names)."""
         plain = self.model_dump(mode="json", exclude={"output": True, "model": {"device", "device_map"}}, exclude_defaults=True)
         if self.model.folder is not None:
-            plain["model"].pop("name" if self.model.name is not None else "config")
+            plain["model"]["name" if self.model.name is not None else "config"] = LOCAL
         if self.prompts.file is not None:
-            plain["prompts"].update(file="", format=self.prompts.kind)
+            plain["prompts"].update(file=LOCAL, format=self.prompts.kind)
         if self.tokenizer.name is not None and Path(self.tokenizer.name).expanduser().is_dir():
-            plain["tokenizer"]["name"] = ""
+            plain["tokenizer"]["name"] = LOCAL
         return plain
 
     def located(self, message: str) -> str:
@@ -400,6 +403,8 @@ class _Document:
         near = lines[line] if line < len(lines) else ""
         if re.search(r"[{\[].*\w\[", near):
             message += f'; an address inside {{…}} or […] must be quoted, as in "model.layers[-1].output[0]": {near.strip()}'
+        elif re.search(r":\s+-\s*$", near):
+            message += '; standard input is written `file: "-"`, with quotes'
         elif "\t" in near:
             message += "; YAML does not allow tabs for indentation"
         return message
@@ -455,7 +460,7 @@ class _Document:
         if not equals or not path:
             raise UsageError(f"--set {override}: write it as key=value, as in --set model.dtype=float32")
         try:
-            value = _data(yaml.compose(text, Loader=yaml.SafeLoader))
+            value = text if text == "-" else _data(yaml.compose(text, Loader=yaml.SafeLoader))
         except yaml.YAMLError:
             value = text
         where = tuple(int(key) if key.isdigit() else key for key in path.split("."))
@@ -471,11 +476,14 @@ class _Document:
                 place = place.setdefault(key, {}) if isinstance(place, dict) else place[key]
             except (KeyError, IndexError, TypeError):
                 raise UsageError(f"--set {override}: there is no `{key}` in the spec") from None
+        last = str(where[-1]) if isinstance(place, dict) else where[-1]
         try:
-            place[where[-1]] = value
-        except (IndexError, TypeError):
+            place[last] = value
+        except IndexError:
+            raise UsageError(f"--set {override}: `{'.'.join(map(str, where[:-1]))}` has {len(place)} entries, from 0") from None
+        except TypeError:
             raise UsageError(f"--set {override}: `{'.'.join(map(str, where[:-1]))}` has no parts to set") from None
-        self.lines[where] = f"--set {path}"
+        self.lines[(*where[:-1], last)] = f"--set {path}"
 
     def _at(self, where: Where) -> Any:
         data = self.data
@@ -497,7 +505,7 @@ class _Document:
             for each in error.errors():
                 where = self._place(each["loc"])
                 if self._line(where) not in self.unset:  # what follows from a missing variable is no mistake of its own
-                    self._mistake(self._line(where), _said(each, where))
+                    self._mistake(self._line(where), said(each, where))
         if self.mistakes or spec is None:
             ordered = sorted(self.mistakes, key=lambda mistake: self._order(mistake[0]))
             raise SpecError("\n".join(dict.fromkeys(f"{line}: {text}" for line, text in ordered)))
@@ -574,7 +582,7 @@ _EXPECTED = {
 }  # fmt: skip
 
 
-def _said(error: Any, where: Where) -> str:
+def said(error: Any, where: Where) -> str:
     """One of pydantic's complaints in our words."""
     key = ".".join(str(part) for part in where if isinstance(part, str)) or "the spec"
     kind = error["type"]
@@ -603,5 +611,5 @@ def model_spec(name: str, options: Mapping[str, Any]) -> ModelSpec:
     try:
         return ModelSpec.model_validate({"name": name, **options})
     except ValidationError as error:
-        said = (_said(each, ("model", *each["loc"])) for each in error.errors())
+        said = (said(each, ("model", *each["loc"])) for each in error.errors())
         raise UsageError("\n".join(said)) from None

@@ -194,11 +194,21 @@ def _standing_place(path: Path) -> Path:
 
 def sweep(folder: Folder) -> None:
     """Remove temporary files of processes that are gone."""
+    for path, process in _temporaries(folder):
+        if not _alive(process):
+            path.unlink(missing_ok=True)
+
+
+def busy(folder: Folder) -> bool:
+    """Whether a process of this machine is writing into the folder."""
+    return any(_alive(process) for _, process in _temporaries(folder))
+
+
+def _temporaries(folder: Folder) -> Iterator[tuple[Path, int]]:
     for place in (folder.root, folder.shards):
         for path in place.glob(".*.actdump-tmp") if place.is_dir() else ():
-            found = TEMPORARY.fullmatch(path.name)
-            if found and not _alive(int(found[2])):
-                path.unlink(missing_ok=True)
+            if found := TEMPORARY.fullmatch(path.name):
+                yield path, int(found[2])
 
 
 def _alive(process: int) -> bool:

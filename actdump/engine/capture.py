@@ -159,7 +159,7 @@ class _Catch:
             return rows
         narrow = rows.to(dtype)
         if torch.finfo(dtype).max < torch.finfo(rows.dtype).max:
-            self.overflows.append((site, (rows.isfinite() & ~narrow.isfinite()).sum()))
+            self.overflows.append((site, (rows.isfinite() & ~narrow.to(rows.dtype).isfinite()).sum()))
         return narrow
 
     def _landed(self, rows: Tensor) -> Tensor:

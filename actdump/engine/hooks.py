@@ -96,6 +96,10 @@ def _entry(value: Any, item: Item, held: Any) -> Any:
 def which_call(site: Site, calls: int, again: int) -> int:
     """The place of the wanted call among those of one forward."""
     place = f"`{site.tap.address.path}`" if site.tap.address.module else "the model"
+    if calls == 0 and isinstance(site.module, nn.ModuleList | nn.ModuleDict):
+        raise Unfit(
+            f"{place} is a {type(site.module).__name__}, which holds modules and never runs itself; tap its entries, as in `[*]`"
+        )
     if calls == 0:
         raise Unfit(
             f"{place} ({type(site.module).__name__}) never ran in a forward; its parent may use its parameters "
