@@ -611,5 +611,5 @@ def model_spec(name: str, options: Mapping[str, Any]) -> ModelSpec:
     try:
         return ModelSpec.model_validate({"name": name, **options})
     except ValidationError as error:
-        said = (said(each, ("model", *each["loc"])) for each in error.errors())
-        raise UsageError("\n".join(said)) from None
+        lines = (said(each, ("model", *each["loc"])) for each in error.errors())
+        raise UsageError("\n".join(lines)) from None
