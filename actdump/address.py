@@ -13,6 +13,7 @@ import ast
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from types import EllipsisType
 from typing import Any, Literal, Protocol, cast
 
@@ -162,6 +163,10 @@ def parse(text: str) -> Address:
     tokens = list(_tokens(text.strip()))
     ports = [place for place, (kind, token, _) in enumerate(tokens) if kind == "name" and token in PORTS]
     if not ports:
+        if near := next(
+            (token for kind, token, _ in tokens if kind == "name" and get_close_matches(token, PORTS, 1, 0.75)), None
+        ):
+            raise AddressError(f"`{text}` names no port{did_you_mean(near, PORTS)} (`{near}` is none)")
         remedy = f"`{text.strip().rstrip('.')}.output`" if tokens else "`transformer.h[-1].output[0]`"
         raise AddressError(
             f"`{text}` names no port: an address goes on with .output, .input, .outputs or .inputs, as in {remedy}"
@@ -269,7 +274,9 @@ def expand(address: Address, root: Tree) -> list[Address]:
     for step in address.module:
         places = [((*path, taken), child) for path, tree in places for taken, child in _follow(step, path, tree)]
     if not places:
-        raise AddressError(f"`{address}` matches no module: `{address.path}` picks nothing")
+        raise AddressError(
+            f"`{address}` matches no module: a slice in it picks nothing; `actdump tree` shows how many entries there are"
+        )
     return [replace(address, module=path) for path, _ in places]
 
 
@@ -293,8 +300,9 @@ def _follow(step: Step, path: tuple[Step, ...], tree: Tree) -> list[tuple[Step, 
             raise AddressError(f"{_place(path, tree)} has no children, so `{written(step)}` picks nothing")
         return [(_taken(name, listed), child) for name, child in children.items()]
     if not listed:
-        names = ", ".join(children) or "nothing"
-        raise AddressError(f"{_place(path, tree)} is not a list, so `{written(step)}` cannot follow; its children: {names}")
+        raise AddressError(
+            f"{_place(path, tree)} is not a list, so `{written(step)}` cannot follow; it has {', '.join(children) or 'no children'}"
+        )
     entries = list(children.items())
     if isinstance(step, Some):
         picked = [entries[number] for number in step.entries.of(len(entries))]

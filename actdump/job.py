@@ -274,6 +274,7 @@ def _go_on(job: _Job, sources: inputs.Inputs, found: Plan | None, stdin: Path | 
         )
         watcher.step("loading the model")
         bound = bind(spec, source, model.load(source))
+        _check_stop(job)
         if found is None or not store.has_tokens(job.folder, found):
             watcher.step("tokenising")
             plan = _take_in(job, bound, sources, hashes.result(), stdin, found)
@@ -296,6 +297,7 @@ def _take_in(
     store.sweep(folder)
     with store.Intake(folder, _cutter(job.spec, bound)) as intake:
         for prompt, ids in _tokenised(job.spec, bound, stdin):
+            _check_stop(job)
             intake.add(prompt.number, prompt.id, ids, *_content(prompt))
         facts = _facts(job.spec, bound, hashes, intake.hash.hexdigest())
         plan = make(facts, bound.columns, intake.cutter.parts, found.budget if found else _budget(job.spec, bound))
@@ -441,13 +443,17 @@ def _write_part(job: _Job, plan: Plan, bound: Bound, part: Part, writer: store.W
     cut = batches([len(prompt) for prompt in ids], plan.budget)
     with torch.inference_mode():
         for places in cut:
-            if job.stopping():
-                raise Stopped(f"{job.folder.root}: stopped before the end; the same command goes on with it")
+            _check_stop(job)
             batch = Batch(tuple(part.first + place for place in places), tuple(ids[place].tolist() for place in places))
             captured = engine.capture(bound.module, bound.sites, bound.feed, batch)
             writer.do(_put, shard, places, captured)
             job.watcher.batch(len(places), sum(batch.lengths))
     writer.do(shard.seal, {**_circumstances(bound), "batches": len(cut), "finished": _now()})
+
+
+def _check_stop(job: _Job) -> None:
+    if job.stopping():
+        raise Stopped(f"{job.folder.root}: stopped before the end; the same command goes on with it")
 
 
 def _put(shard: store.Pending, places: Sequence[int], captured: Any) -> None:

@@ -1,6 +1,8 @@
 """Stop signals: the first Ctrl-C (or SIGTERM) asks for a stop after the batch in hand, the second Ctrl-C ends at once."""
 
+import os
 import signal
+import sys
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -23,6 +25,7 @@ class StopSignals:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
+        os.write(sys.stderr.fileno(), b"\nstopping after the batch in hand; Ctrl-C again ends at once\n")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
