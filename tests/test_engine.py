@@ -356,6 +356,16 @@ def test_captured_values_are_copies(lengths, index, options):
         assert all(torch.equal(kept[f"layers[{k}].output"][0], untouched.after(k, ids[0])) for k in range(5))
 
 
+@pytest.mark.parametrize("lengths", [EVEN, (2, 5), (4,)], ids=["even", "padded", "single"])
+def test_captured_values_without_tokens_are_copies(lengths):
+    model, ids = Toy(lambda hidden: hidden[:, 0].clone(), lambda first: first.add_(1)), prompts(lengths)
+    kept = captured(model, [tap("layers[*].output")], ids)
+    for place, each in enumerate(ids):
+        first = Ladder().after(0, each)[0]
+        assert torch.equal(kept["layers[0].output"][place], first)
+        assert torch.equal(kept["layers[1].output"][place], first + 1)
+
+
 def test_the_ladder_is_captured_in_closed_form():
     ladder = Ladder()
     kept = captured(ladder, [tap("layers[*].output")], prompts())
