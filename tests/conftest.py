@@ -1,5 +1,9 @@
 """What all tests need."""
 
-from actdump.model import avoid_faulty_amx
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on a busy machine, threads that wait by spinning take minutes
+
+from actdump.model import avoid_faulty_amx  # noqa: E402 (the environment comes first)
 
 avoid_faulty_amx()  # oneDNN looks at its environment once, at its first use, which could be in any test

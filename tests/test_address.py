@@ -150,11 +150,11 @@ def test_a_resolved_address_leads_to_its_module():
         ("transfomer.h[0].output", "the model (Node) has no child `transfomer`; did you mean `transformer`?"),
         ("h[0].output", "the model (Node) has no child `h`; did you mean `transformer.h`?"),
         ("transformer.zzzz.output", "`transformer` (Node) has no child `zzzz`; there is wte, h"),
-        ("transformer[0].output", "`transformer` (Node) is not a list, so `[0]` cannot follow; its children: wte, h"),
-        ("lm_head[0].output", "`lm_head` (Node) is not a list, so `[0]` cannot follow; its children: nothing"),
+        ("transformer[0].output", "`transformer` (Node) is not a list, so `[0]` cannot follow; it has wte, h"),
+        ("lm_head[0].output", "`lm_head` (Node) is not a list, so `[0]` cannot follow; it has no children"),
         ("lm_head.weight.output", "`lm_head` (Node) has no children, so there is no `weight` in it"),
         ("lm_head.*.output", "`lm_head` (Node) has no children, so `.*` picks nothing"),
-        ("transformer.h[20:].output", "matches no module: `transformer.h[20:]` picks nothing"),
+        ("transformer.h[20:].output", "matches no module: a slice in it picks nothing"),
     ],
 )  # fmt: skip
 def test_a_wrong_address_names_what_is_there_and_the_nearest_names(text, complaint):

@@ -64,7 +64,8 @@ def read(tap: Tap, held: Any) -> tuple[Any, tuple[Item, ...]]:
             if isinstance(first, Nth):
                 if first.number not in (0, -1):
                     raise Unfit(
-                        f"there is no [{first.number}]: the port held {described(held)}, which counts as a tuple of one; use [0], or leave it out"
+                        f"there is no [{first.number}]: the port held {described(held)}, which counts as a tuple of one; "
+                        "use [0], or leave it out"
                     )
                 items = items[1:]
         elif isinstance(value, tuple | list | Mapping) and (first is None or isinstance(first, Index)):
