@@ -257,10 +257,18 @@ def test_moved_inputs_are_the_same(on_files, tmp_path):
 # ------------------------------------------------------------------------------------------------------- stopped and damaged
 
 
-def stop_after(batches):
-    """A `stopping` that says yes when it was asked so often."""
+def stop_after(batches, root):
+    """A `stopping` that says yes after so many batches."""
     asked = iter(range(batches))
-    return lambda: next(asked, None) is None
+    return lambda: (root / "plan.json").exists() and next(asked, None) is None
+
+
+def test_a_run_stopped_while_tokenising_leaves_nothing_and_goes_on(tmp_path):
+    asked = iter(range(5))
+    with pytest.raises(Stopped, match="goes on"):
+        job.run(make_spec(30), tmp_path / "out", stopping=lambda: next(asked, None) is None)
+    assert list((tmp_path / "out").rglob("*")) == []
+    assert states(make_spec(30), tmp_path / "out") == "done"
 
 
 @pytest.mark.parametrize("batches", [0, 1, 4])
@@ -268,7 +276,7 @@ def test_a_stopped_run_goes_on(batches, tmp_path):
     spec = make_spec(30, shard={"tokens": 40}, batch={"tokens": 20})
     job.run(spec, tmp_path / "whole")
     with pytest.raises(Stopped, match="goes on"):
-        job.run(spec, tmp_path / "out", stopping=stop_after(batches))
+        job.run(spec, tmp_path / "out", stopping=stop_after(batches, tmp_path / "out"))
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert temporary(tmp_path / "out") == []
     kept = {path: seen for path, seen in snapshot(tmp_path / "out").items() if path.parent.name == "shards"}
@@ -281,7 +289,7 @@ def test_a_stopped_run_goes_on(batches, tmp_path):
 
 def test_another_spec_does_not_go_on_with_an_unfinished_dump(tmp_path):
     with pytest.raises(Stopped):
-        job.run(make_spec(30, shard={"tokens": 40}), tmp_path / "out", stopping=stop_after(3))
+        job.run(make_spec(30, shard={"tokens": 40}), tmp_path / "out", stopping=stop_after(3, tmp_path / "out"))
     with pytest.raises(OccupiedError, match="`tokens`"):
         job.run(make_spec(30, shard={"tokens": 40}, tokens="last"), tmp_path / "out")
 
