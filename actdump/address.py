@@ -166,7 +166,8 @@ def parse(text: str) -> Address:
         if near := next(
             (token for kind, token, _ in tokens if kind == "name" and get_close_matches(token, PORTS, 1, 0.75)), None
         ):
-            raise AddressError(f"`{text}` names no port{did_you_mean(near, PORTS)} (`{near}` is none)")
+            meant = did_you_mean(near, PORTS)
+            raise AddressError(f"`{text}` names no port (.output, .input, .outputs or .inputs): `{near}` is none{meant}")
         remedy = f"`{text.strip().rstrip('.')}.output`" if tokens else "`transformer.h[-1].output[0]`"
         raise AddressError(
             f"`{text}` names no port: an address goes on with .output, .input, .outputs or .inputs, as in {remedy}"

@@ -299,7 +299,7 @@ def _take_in(
         for prompt, ids in _tokenised(job.spec, bound, stdin):
             _check_stop(job)
             intake.add(prompt.number, prompt.id, ids, *_content(prompt))
-        facts = _facts(job.spec, bound, hashes, intake.hash.hexdigest())
+        facts = _facts(job.spec, bound, hashes, intake.facts)
         plan = make(facts, bound.columns, intake.cutter.parts, found.budget if found else _budget(job.spec, bound))
         if found is not None and plan.digest != found.digest:
             raise DataError(
@@ -349,12 +349,12 @@ def _budget(spec: Spec, bound: Bound) -> Budget:
     return Budget(tokens, spec.batch.prompts)
 
 
-def _facts(spec: Spec, bound: Bound, hashes: Mapping[str, str], tokens: str) -> dict[str, Any]:
+def _facts(spec: Spec, bound: Bound, hashes: Mapping[str, str], taken: Mapping[str, Any]) -> dict[str, Any]:
     config: Any = bound.module.config
     return {
         "spec": spec.decisive(),
         "inputs": dict(hashes),
-        "tokens": tokens,
+        **taken,
         "model": {
             "name": spec.model.source or str(config.model_type),
             "commit": bound.source.commit,

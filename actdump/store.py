@@ -132,7 +132,7 @@ def complete(folder: Folder, plan: Plan) -> bool:
     """Whether the dump is sealed, and its shards are there with their sizes and records."""
     try:
         manifest = json.loads(folder.manifest.read_bytes())
-        if manifest["format"] != VERSION or manifest["digest"] != plan.digest or not folder.prompts.is_file():
+        if manifest["format"] != VERSION or manifest["digest"] != plan.digest or not _has_prompts(folder, plan):
             return False
         sizes = {shard["number"]: shard["bytes"] for shard in manifest["shards"]}
         with os.scandir(folder.shards) as entries:
@@ -248,7 +248,7 @@ class Intake:
     def __init__(self, folder: Folder, cutter: Cutter) -> None:
         self.folder = folder
         self.cutter = cutter
-        self.hash = sha256()
+        self.tokens_hash, self.lines_hash, self.lines_bytes = sha256(), sha256(), 0
         self.tokens = self._open(folder.tokens)
         self.lines = self._open(folder.prompts)
 
@@ -259,13 +259,22 @@ class Intake:
     def add(self, number: int, id: str, ids: Sequence[int], content: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
         """Take the next prompt."""
         words = array("i", (len(ids), *ids)).tobytes()
-        self.hash.update(words)
+        self.tokens_hash.update(words)
         line: dict[str, Any] = {"number": number, "id": id, "tokens": len(ids), "shard": self.cutter.add(len(ids)), **content}
         if fields:
             line["fields"] = dict(fields)
+        text = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        self.lines_hash.update(text)
+        self.lines_bytes += len(text)
         with storage(self.folder.root):
             self.tokens.write(words)
-            self.lines.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self.lines.write(text)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What came in: sha256 of the token ids, and size and sha256 of prompts.jsonl."""
+        lines = {"bytes": self.lines_bytes, "sha256": self.lines_hash.hexdigest()}
+        return {"tokens": self.tokens_hash.hexdigest(), "prompts": lines}
 
     def commit(self, plan: Plan | None, stamps: Mapping[str, Any], to_json: Callable[[Plan], dict[str, Any]]) -> None:
         """Write the plan (`None`: it is there already), then give tokens and prompts their names."""
@@ -290,12 +299,14 @@ class Intake:
 
 
 def has_tokens(folder: Folder, plan: Plan) -> bool:
-    """Whether the spooled token ids of the plan's prompts are there, whole."""
-    return (
-        folder.tokens.is_file()
-        and folder.tokens.stat().st_size == 4 * (plan.tokens + plan.prompts)
-        and folder.prompts.is_file()
-    )
+    """Whether the spooled token ids of the plan's prompts, and prompts.jsonl, are there, whole."""
+    whole = folder.tokens.is_file() and folder.tokens.stat().st_size == 4 * (plan.tokens + plan.prompts)
+    return whole and _has_prompts(folder, plan)
+
+
+def _has_prompts(folder: Folder, plan: Plan) -> bool:
+    """Whether prompts.jsonl is there with its size."""
+    return folder.prompts.is_file() and folder.prompts.stat().st_size == plan.facts["prompts"]["bytes"]
 
 
 def part_tokens(folder: Folder, plan: Plan, part: Part) -> "list[Array]":
@@ -342,7 +353,10 @@ class Pending:
         import numpy as np
 
         try:
-            os.posix_fallocate(self.descriptor, 0, self.layout.size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self.descriptor, 0, self.layout.size)
+            else:  # macOS
+                os.ftruncate(self.descriptor, self.layout.size)
         except OSError as error:
             raise StorageError(f"{self.final}: {self.layout.size:,} bytes cannot be allocated: {error.strerror}") from error
         with storage(self.hidden):

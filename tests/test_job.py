@@ -311,6 +311,7 @@ def cut(path):
         ("manifest.json", lose),
         ("manifest.json", cut),
         ("prompts.jsonl", lose),
+        ("prompts.jsonl", cut),
     ],
 )
 def test_what_is_missing_or_cut_is_made_again(name, damage, tmp_path):

@@ -258,6 +258,15 @@ def test_a_flipped_bit_is_found(place, damaged):
     assert "00001.safetensors: the bytes changed" in fault
 
 
+def test_a_flipped_bit_in_the_prompts_is_found(damaged):
+    path = damaged / "prompts.jsonl"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    (fault,) = verify(actdump.open(damaged))
+    assert "prompts.jsonl: the bytes changed" in fault
+
+
 def test_a_cut_shard_a_missing_shard_and_a_missing_record_are_found(damaged):
     os.truncate(damaged / "shards/00000.safetensors", 100)
     (damaged / "shards/00001.safetensors").unlink()
@@ -268,6 +277,6 @@ def test_a_cut_shard_a_missing_shard_and_a_missing_record_are_found(damaged):
     assert "00000.safetensors: 100 bytes, but the manifest says" in faults[0]
     assert "00001.safetensors: the shard is missing" in faults[1]
     assert "00002.json: the shard's record is missing" in faults[2]
-    assert "prompts.jsonl: 0 lines for 7 prompts" in faults[3]
+    assert "prompts.jsonl: the bytes changed" in faults[3]
     with pytest.raises(DataError, match=r"00000\.safetensors: not a whole safetensors file"):
         actdump.open(damaged)["pooled"][0]

@@ -63,7 +63,7 @@ def take_in(folder, most_tokens=100):
     with store.Intake(folder, Cutter(COLUMNS, most_bytes=10**6, most_tokens=most_tokens)) as intake:
         for number, ids in enumerate(IDS):
             intake.add(number, f"p{number}", ids.tolist(), {"text": "ü"}, {"label": number} if number else {})
-        plan = make({"tokens": intake.hash.hexdigest()}, COLUMNS, intake.cutter.parts, Budget(8))
+        plan = make(intake.facts, COLUMNS, intake.cutter.parts, Budget(8))
         intake.commit(plan, {"prompts": [1, 2]}, plan_to_json)
     return plan
 
