@@ -559,6 +559,11 @@ def _data(node: Any) -> Any:
     return node.value if node.style is not None else _plain_scalar(node.value)
 
 
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
 def _kind(value: Any) -> str:
     names = {
         bool: "true/false",
@@ -596,9 +601,9 @@ def said(error: Any, where: Where) -> str:
         message = str(error["ctx"]["error"])
         return message if not where or message.startswith(f"{key}:") else f"{key}: {message}"
     if kind == "literal_error":
-        return f"{key}: `{error['input']}` is not one of {error['ctx']['expected']}"
+        return f"{key}: `{_short(error['input'])}` is not one of {error['ctx']['expected']}"
     if kind in _EXPECTED:
-        return f"{key}: must be {_EXPECTED[kind]}, not {_kind(error['input'])} `{error['input']}`"
+        return f"{key}: must be {_EXPECTED[kind]}, not {_kind(error['input'])} `{_short(error['input'])}`"
     return f"{key}: {error['msg']}"
 
 
