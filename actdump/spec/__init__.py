@@ -1,0 +1,18 @@
+"""The spec: the YAML file as strict models. Every mistake in it is reported at once, with file, line and what would be right."""
+
+from actdump.spec.document import load, model_spec, said
+from actdump.spec.models import BatchSpec, ModelSpec, PromptsSpec, Row, SaveSpec, ShardSpec, Spec, TokenizerSpec
+
+__all__ = [
+    "BatchSpec",
+    "ModelSpec",
+    "PromptsSpec",
+    "Row",
+    "SaveSpec",
+    "ShardSpec",
+    "Spec",
+    "TokenizerSpec",
+    "load",
+    "model_spec",
+    "said",
+]

@@ -1,0 +1,274 @@
+"""A YAML file on its way to a spec: its data, the line of every value, and its mistakes, told all at once."""
+
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from actdump.errors import MissingError, SpecError, UsageError, did_you_mean
+from actdump.spec.models import BatchSpec, ModelSpec, PromptsSpec, SaveSpec, ShardSpec, Spec, TokenizerSpec, Where, kind_of
+
+
+def load(path: Path, sets: Sequence[str] = ()) -> Spec:
+    """Read a spec file.
+
+    Args:
+        sets: `key.path=value` overrides; the value is read as YAML.
+
+    Raises:
+        MissingError: the file is not there.
+        SpecError: it has mistakes; the message lists all of them.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise MissingError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise MissingError(f"{path} is a folder; a spec is a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    document = _Document(str(path), {"SPEC_DIR": str(path.resolve().parent), **os.environ})
+    document.read(text)
+    for override in sets:
+        document.set(override)
+    return document.checked()
+
+
+@dataclass
+class _Document:
+    """A YAML file on its way to a spec: its data, the line of every value, and the mistakes so far."""
+
+    name: str
+    environment: Mapping[str, str]
+    data: Any = None
+    lines: dict[Where, str] = field(default_factory=dict)
+    mistakes: list[tuple[str, str]] = field(default_factory=list)
+    unset: set[str] = field(default_factory=set)
+
+    def read(self, text: str) -> None:
+        try:
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            raise SpecError(self._syntax(error, text)) from None
+        except yaml.YAMLError as error:
+            raise SpecError(f"{self.name}: not YAML: {error}") from None
+        self.data = {} if node is None else self._value(node, ())
+
+    def _syntax(self, error: yaml.MarkedYAMLError, text: str) -> str:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line if mark else 0
+        message = f"{self.name}:{line + 1}: not YAML: {error.problem or error.context}"
+        lines = text.splitlines()
+        near = lines[line] if line < len(lines) else ""
+        if re.search(r"[{\[].*\w\[", near):
+            message += f'; an address inside {{…}} or […] must be quoted, as in "model.layers[-1].output[0]": {near.strip()}'
+        elif re.search(r":\s+-\s*$", near):
+            message += '; standard input is written `file: "-"`, with quotes'
+        elif "\t" in near:
+            message += "; YAML does not allow tabs for indentation"
+        return message
+
+    def _value(self, node: Any, where: Where) -> Any:
+        self.lines[where] = f"{self.name}:{node.start_mark.line + 1}"
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, where)
+        if isinstance(node, yaml.SequenceNode):
+            return [self._value(entry, (*where, place)) for place, entry in enumerate(node.value)]
+        return self._scalar(node, where)
+
+    def _mapping(self, node: yaml.MappingNode, where: Where) -> dict[str, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                self._mistake(
+                    f"{self.name}:{key.start_mark.line + 1}", f"`{key.value}` is given twice, first on line {seen[key.value]}"
+                )
+            seen[key.value] = key.start_mark.line + 1
+        yaml.constructor.SafeConstructor().flatten_mapping(node)
+        mapping: dict[str, Any] = {}
+        for key, entry in node.value:
+            mapping[key.value] = self._value(entry, (*where, key.value))
+            self.lines[(*where, key.value)] = f"{self.name}:{key.start_mark.line + 1}"
+        return mapping
+
+    def _scalar(self, node: Any, where: Where) -> Any:
+        text = node.value
+        if where[:1] != ("prompts",) or where[1:2] in (("file",), ("limit",), ("format",)):
+            text = self._substituted(text, where)
+        if node.style is not None:
+            return text
+        return _plain_scalar(text)
+
+    def _substituted(self, text: str, where: Where) -> str:
+        def value(found: re.Match[str]) -> str:
+            if found[0].startswith("$$"):
+                return found[0][1:]
+            given = self.environment.get(found[1])
+            if given is None and found[2] is None:
+                self.unset.add(self.lines[where])
+                self._mistake(
+                    self.lines[where], f"${{{found[1]}}} is not set in the environment; give a default with ${{{found[1]}:-…}}"
+                )
+            return given if given else found[2] or ""
+
+        return re.sub(r"\$?\$\{(\w+)(?::-([^}]*))?\}", value, text)
+
+    def set(self, override: str) -> None:
+        """Apply `key.path=value`."""
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise UsageError(f"--set {override}: write it as key=value, as in --set model.dtype=float32")
+        try:
+            value = text if text == "-" else _data(yaml.compose(text, Loader=yaml.SafeLoader))
+        except yaml.YAMLError:
+            value = text
+        where = tuple(int(key) if key.isdigit() else key for key in path.split("."))
+        if where[0] == "model" and len(where) > 1 and isinstance(self.data.get("model"), str):
+            self.data["model"] = {"name": self.data["model"]}
+        if where[0] == "prompts" and len(where) > 1 and isinstance(self.data.get("prompts"), list):
+            self.data["prompts"] = {"rows": self.data["prompts"]}
+        if where[0] == "save" and len(where) > 2 and isinstance(self._at(where[:2]), str):
+            self.data["save"][where[1]] = {"address": self._at(where[:2])}
+        place: Any = self.data
+        for key in where[:-1]:
+            try:
+                place = place.setdefault(key, {}) if isinstance(place, dict) else place[key]
+            except (KeyError, IndexError, TypeError):
+                raise UsageError(f"--set {override}: there is no `{key}` in the spec") from None
+        last = str(where[-1]) if isinstance(place, dict) else where[-1]
+        try:
+            place[last] = value
+        except IndexError:
+            raise UsageError(f"--set {override}: `{'.'.join(map(str, where[:-1]))}` has {len(place)} entries, from 0") from None
+        except TypeError:
+            raise UsageError(f"--set {override}: `{'.'.join(map(str, where[:-1]))}` has no parts to set") from None
+        self.lines[(*where[:-1], last)] = f"--set {path}"
+
+    def _at(self, where: Where) -> Any:
+        data = self.data
+        for key in where:
+            if isinstance(data, list) and isinstance(key, int) and key < len(data):
+                data = data[key]
+            else:
+                data = data.get(key) if isinstance(data, dict) else None
+        return data
+
+    def checked(self) -> Spec:
+        """The spec, or all mistakes at once."""
+        spec = None
+        if not isinstance(self.data, dict):
+            raise SpecError(
+                f"{self.name}:1: a spec is a mapping with model, prompts, save and output, not {kind_of(self.data)}"
+            )
+        try:
+            spec = Spec.model_validate(self.data)
+        except ValidationError as error:
+            for each in error.errors():
+                where = self._place(each["loc"])
+                if self._line(where) not in self.unset:  # what follows from a missing variable is no mistake of its own
+                    self._mistake(self._line(where), said(each, where))
+        if self.mistakes or spec is None:
+            ordered = sorted(self.mistakes, key=lambda mistake: self._order(mistake[0]))
+            raise SpecError("\n".join(dict.fromkeys(f"{line}: {text}" for line, text in ordered)))
+        spec._lines.update(self.lines)
+        return spec
+
+    def _order(self, line: str) -> int:
+        """Lines of the file from the top, then overrides."""
+        number = line.removeprefix(f"{self.name}:")
+        return int(number) if number.isdigit() else sys.maxsize
+
+    def _mistake(self, line: str, text: str) -> None:
+        self.mistakes.append((line, text))
+
+    def _place(self, loc: Sequence[str | int]) -> Where:
+        """Where pydantic's location stands in the file: without the names of union members and of short forms lifted."""
+        where: Where = ()
+        data: Any = self.data
+        for key in loc:
+            if key == "rows" and isinstance(data, list):
+                continue
+            if where == ("save",) and isinstance(data, dict) and isinstance(key, int):
+                key = list(data)[key]
+            if isinstance(data, dict) and (key in data or key == loc[-1]):
+                where, data = (*where, key), data.get(str(key))
+            elif isinstance(data, list) and isinstance(key, int) and key < len(data):
+                where, data = (*where, key), data[key]
+        return where
+
+    def _line(self, where: Where) -> str:
+        while where and where not in self.lines:
+            where = where[:-1]
+        return self.lines.get(where, f"{self.name}:1")
+
+
+def _plain_scalar(text: str) -> Any:
+    """An unquoted scalar by YAML's rules, without its base-60 numbers (`2:5` is a slice) and dates (`2024-01-01` is an id)."""
+    tag: str = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call] # its stubs say nothing
+    if tag.endswith((":timestamp", ":merge", ":value")) or (":" in text and tag.endswith((":int", ":float"))):
+        return text
+    return yaml.constructor.SafeConstructor().construct_object(yaml.ScalarNode(tag, text))
+
+
+def _data(node: Any) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return {key.value: _data(entry) for key, entry in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_data(entry) for entry in node.value]
+    if node is None:
+        return None
+    return node.value if node.style is not None else _plain_scalar(node.value)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+_SECTIONS: dict[Where, type[BaseModel]] = {
+    (): Spec, ("model",): ModelSpec, ("prompts",): PromptsSpec, ("tokenizer",): TokenizerSpec,
+    ("batch",): BatchSpec, ("shard",): ShardSpec,
+}  # fmt: skip
+_EXPECTED = {
+    "string_type": "text", "int_type": "a whole number", "bool_type": "true or false", "list_type": "a list",
+    "dict_type": "a mapping", "model_type": "a mapping", "model_attributes_type": "a mapping",
+}  # fmt: skip
+
+
+def said(error: Any, where: Where) -> str:
+    """One of pydantic's complaints in our words."""
+    key = ".".join(str(part) for part in where if isinstance(part, str)) or "the spec"
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        section = _SECTIONS.get(where[:-1], SaveSpec)
+        known = [name for name in section.model_fields if name != "rows"]
+        return f"unknown key `{key}`{did_you_mean(str(where[-1]), known)}"
+    if kind == "missing":
+        return f"`{key}` is missing"
+    if kind == "value_error":
+        message = str(error["ctx"]["error"])
+        return message if not where or message.startswith(f"{key}:") else f"{key}: {message}"
+    if kind == "literal_error":
+        return f"{key}: `{_short(error['input'])}` is not one of {error['ctx']['expected']}"
+    if kind in _EXPECTED:
+        return f"{key}: must be {_EXPECTED[kind]}, not {kind_of(error['input'])} `{_short(error['input'])}`"
+    return f"{key}: {error['msg']}"
+
+
+def model_spec(name: str, options: Mapping[str, Any]) -> ModelSpec:
+    """The `model` part of a spec, from Python.
+
+    Raises:
+        UsageError: an option is unknown or wrong.
+    """
+    try:
+        return ModelSpec.model_validate({"name": name, **options})
+    except ValidationError as error:
+        lines = (said(each, ("model", *each["loc"])) for each in error.errors())
+        raise UsageError("\n".join(lines)) from None

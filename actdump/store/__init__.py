@@ -1,0 +1,33 @@
+"""A dump being written: the plan and the tokens first, shards at their final offsets, the manifest last.
+
+Every file is written under a temporary name in its own folder, flushed to the device, and renamed; so a file with its final
+name is whole. A part is done when its record is there, which is written after its shard.
+"""
+
+from actdump.store.files import busy, free_space, storage, sweep, write_atomically
+from actdump.store.intake import Intake, part_tokens
+from actdump.store.shards import AHEAD, Pending, Pendings, Writer, metadata, seal
+from actdump.store.standing import check_free, check_space, clear, complete, done, has_tokens, load_plan
+
+__all__ = [
+    "AHEAD",
+    "Intake",
+    "Pending",
+    "Pendings",
+    "Writer",
+    "busy",
+    "check_free",
+    "check_space",
+    "clear",
+    "complete",
+    "done",
+    "free_space",
+    "has_tokens",
+    "load_plan",
+    "metadata",
+    "part_tokens",
+    "seal",
+    "storage",
+    "sweep",
+    "write_atomically",
+]

@@ -1,0 +1,105 @@
+"""Files that are whole or not there: temporary names, flushes, renames, and what the file system refuses."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from actdump.errors import StorageError
+from actdump.format import TEMPORARY, Folder, temporary
+
+
+@contextmanager
+def storage(path: Path, doing: str = "written") -> Iterator[None]:
+    """Word what the file system refuses."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        raise StorageError(f"{where}: cannot be {doing}: {error.strerror or error}") from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole, or not at all."""
+    with storage(path), renamed(path) as descriptor:
+        write(descriptor, content)
+
+
+@contextmanager
+def renamed(path: Path) -> Iterator[int]:
+    """A new file under a temporary name; flushed and renamed when the block ends well, and removed when it does not."""
+    hidden = temporary(path, os.getpid())
+    descriptor = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        yield descriptor
+        os.fsync(descriptor)
+        os.replace(hidden, path)
+        flush_folder(path.parent)
+    except BaseException:
+        hidden.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write(descriptor: int, content: bytes | memoryview, offset: int | None = None) -> None:
+    view = memoryview(content).cast("B")
+    while view:
+        written = os.write(descriptor, view) if offset is None else os.pwrite(descriptor, view, offset)
+        offset = None if offset is None else offset + written
+        view = view[written:]
+
+
+def to_json(value: object) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def free_space(path: Path) -> int:
+    """The free bytes where a folder is, or would be made."""
+    return shutil.disk_usage(standing_place(path)).free
+
+
+def standing_place(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+
+
+def sweep(folder: Folder) -> None:
+    """Remove temporary files of processes that are gone."""
+    for path, process in temporaries(folder):
+        if not alive(process):
+            path.unlink(missing_ok=True)
+
+
+def busy(folder: Folder) -> bool:
+    """Whether a process of this machine is writing into the folder."""
+    return any(alive(process) for _, process in temporaries(folder))
+
+
+def temporaries(folder: Folder) -> Iterator[tuple[Path, int]]:
+    for place in (folder.root, folder.shards):
+        for path in place.glob(".*.actdump-tmp") if place.is_dir() else ():
+            if found := TEMPORARY.fullmatch(path.name):
+                yield path, int(found[2])
+
+
+def alive(process: int) -> bool:
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

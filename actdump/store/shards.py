@@ -1,0 +1,202 @@
+"""Shards being written, the thread that writes them, and the manifest that seals the dump."""
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from actdump.errors import DataError, StorageError
+from actdump.format import (
+    OFFSETS,
+    TOKENS,
+    VERSION,
+    Folder,
+    Manifest,
+    Shard,
+    manifest_to_json,
+    shard_layout,
+    shard_to_json,
+    temporary,
+)
+from actdump.inputs import sha256 as file_sha256
+from actdump.plan import Column, Part, Plan
+from actdump.store.files import flush_folder, storage, to_json, write, write_atomically
+from actdump.store.standing import done
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+AHEAD = 2  # batches that may wait for the writer
+
+
+class Pending:
+    """A shard being written: header first, rows at their final places as they come, then sealed or discarded."""
+
+    def __init__(self, folder: Folder, plan: Plan, part: Part, ids: "Sequence[Array]") -> None:
+        import numpy as np
+
+        lengths = [len(prompt) for prompt in ids]
+        self.folder, self.plan, self.part = folder, plan, part
+        self.final = folder.shard(part.number)
+        self.hidden = temporary(self.final, os.getpid())
+        self.layout = shard_layout(plan.columns, lengths, metadata(plan, part))
+        self.lengths = lengths
+        self.closed = False
+        self.offsets = [np.cumsum([0, *map(column.layout.rows, lengths)], dtype=np.int64) for column in plan.columns]
+        with storage(self.hidden):
+            folder.shards.mkdir(exist_ok=True)
+            self.descriptor = os.open(self.hidden, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            self._begin(ids)
+        except BaseException:
+            self.discard()
+            raise
+
+    def _begin(self, ids: "Sequence[Array]") -> None:
+        import numpy as np
+
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self.descriptor, 0, self.layout.size)
+            else:  # macOS
+                os.ftruncate(self.descriptor, self.layout.size)
+        except OSError as error:
+            raise StorageError(f"{self.final}: {self.layout.size:,} bytes cannot be allocated: {error.strerror}") from error
+        with storage(self.hidden):
+            write(self.descriptor, self.layout.header, 0)
+            for column, offsets in zip(self.plan.columns, self.offsets, strict=True):
+                self._place(column.name + OFFSETS, offsets)
+            self._place(TOKENS, np.concatenate(ids).astype("<i4"))
+            self._place(TOKENS + OFFSETS, np.cumsum([0, *self.lengths], dtype=np.int64))
+
+    def _place(self, name: str, values: "Array") -> None:
+        write(self.descriptor, values.tobytes(), self.layout.tensors[name].start)
+
+    def put(self, places: Sequence[int], buffers: "Iterable[Array]") -> None:
+        """Write the rows of one batch: for each column, the bytes of all its prompts one after another.
+
+        Args:
+            places: the places of the batch's prompts in the part, in the batch's order.
+        """
+        with storage(self.hidden):
+            for column, offsets, buffer in zip(self.plan.columns, self.offsets, buffers, strict=True):
+                self._put(column, offsets, places, buffer.data)
+
+    def _put(self, column: Column, offsets: "Array", places: Sequence[int], view: memoryview) -> None:
+        start, size = self.layout.tensors[column.name].start, column.layout.row_bytes
+        taken = 0
+        for place in places:
+            first, last = int(offsets[place]) * size, int(offsets[place + 1]) * size
+            write(self.descriptor, view[taken : taken + last - first], start + first)
+            taken += last - first
+        if taken != len(view):
+            raise DataError(f"{column.name}: a batch gave {len(view)} bytes where {taken} were planned")
+
+    def seal(self, written: Mapping[str, Any]) -> Shard:
+        """Flush, hash, rename, and write the record: the part is done."""
+        with storage(self.final):
+            os.fsync(self.descriptor)
+            digest = file_sha256(self.hidden)
+            self._close()
+            os.replace(self.hidden, self.final)
+            flush_folder(self.final.parent)
+        part = self.part
+        rows = {column.name: int(offsets[-1]) for column, offsets in zip(self.plan.columns, self.offsets, strict=True)}
+        shard = Shard(
+            part.number, self.plan.digest, part.first, part.prompts, part.tokens, self.layout.size, digest, rows, written
+        )
+        write_atomically(self.folder.record(part.number), to_json(shard_to_json(shard)))
+        return shard
+
+    def discard(self) -> None:
+        """Forget the shard; nothing of it stays. Harmless on a sealed one."""
+        self._close()
+        self.hidden.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            os.close(self.descriptor)
+
+
+class Pendings:
+    """The shards being written; those that are not sealed when the block ends are discarded."""
+
+    def __init__(self) -> None:
+        self._open: list[Pending] = []
+
+    def begin(self, folder: Folder, plan: Plan, part: Part, ids: "Sequence[Array]") -> Pending:
+        """Begin the shard of a part."""
+        self._open = [*(shard for shard in self._open if not shard.closed), Pending(folder, plan, part, ids)]
+        return self._open[-1]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for shard in self._open:
+            shard.discard()
+
+
+def metadata(plan: Plan, part: Part) -> dict[str, str]:
+    """What a shard says of itself, for whoever opens it with the safetensors library alone."""
+    about = (
+        "activations: for each tap `name`, rows of consecutive prompts; prompt i has rows name.offsets[i] to name.offsets[i+1]"
+    )
+    names = {column.name: [column.resolved, *map(str, column.axes)] for column in plan.columns}
+    return {
+        "actdump": f"format {VERSION}: {about}",
+        "digest": plan.digest,
+        "part": f"{part.number} of {len(plan.parts)}",
+        "first_prompt": str(part.first),
+        "taps": json.dumps(names, ensure_ascii=False),
+    }
+
+
+class Writer:
+    """One thread that does tasks in order, a few at most waiting; what goes wrong there is raised at the next call here."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="actdump-writer")
+        self._waiting: deque[Future[Any]] = deque()
+
+    def do(self, task: Callable[..., Any], *args: Any) -> None:
+        """Let the thread do this; waits while too much is waiting there."""
+        while self._waiting and (len(self._waiting) >= AHEAD or self._waiting[0].done()):
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(task, *args))
+
+    def finish(self) -> None:
+        """Return when all is done."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=kind is not None)
+
+
+def seal(folder: Folder, plan: Plan, made: Mapping[str, Any]) -> Manifest:
+    """Write the manifest of a dump whose parts are all done; its spooled tokens go.
+
+    Raises:
+        DataError: a part is not done.
+    """
+    shards = [done(folder, part, plan.digest) for part in plan.parts]
+    missing = [part.number for part, shard in zip(plan.parts, shards, strict=True) if shard is None]
+    if missing:
+        raise DataError(f"{folder.root}: parts {missing[:10]} are not done, so the dump cannot be sealed")
+    found = tuple(replace(shard, written={}) for shard in shards if shard is not None)
+    size = sum(shard.bytes for shard in found)
+    manifest = Manifest(plan.digest, plan.columns, found, plan.prompts, plan.tokens, size, plan.facts, made)
+    write_atomically(folder.manifest, to_json(manifest_to_json(manifest)))
+    folder.tokens.unlink(missing_ok=True)
+    return manifest
