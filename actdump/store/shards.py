@@ -46,7 +46,7 @@ class Pending:
         self.final = folder.shard(part.number)
         self.hidden = temporary(self.final, os.getpid())
         self.layout = shard_layout(plan.columns, lengths, metadata(plan, part))
-        self.lengths = lengths
+        self.ids, self.lengths = ids, lengths
         self.closed = False
         self.offsets = [np.cumsum([0, *map(column.layout.rows, lengths)], dtype=np.int64) for column in plan.columns]
         with storage(self.hidden):

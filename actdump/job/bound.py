@@ -1,0 +1,114 @@
+"""A model with the taps of a spec bound to it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from actdump.errors import UsageError
+from actdump.job.watching import Silent, Watcher
+from actdump.plan import Budget, Column
+from actdump.spec import ModelSpec, Spec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from actdump.engine import Feed, Site
+    from actdump.model import Source
+
+# Padded tokens in a batch where the spec says `auto`. On a CPU small batches are fastest (measured on 2 cores, 512 was the best
+# of five); an accelerator wants large ones (not measured).
+AUTO_TOKENS = {"cpu": 512}
+AUTO_TOKENS_ACCELERATOR = 16_384
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A model with the spec's taps bound to it and their axes known."""
+
+    source: "Source"
+    module: "nn.Module"
+    feed: "Feed"
+    sites: "list[Site]"
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return tuple(site.column for site in self.sites)
+
+    @property
+    def least(self) -> int:
+        """The fewest tokens that a prompt must have for every tap's positions to be there."""
+        return max((site.least for site in self.sites), default=1)
+
+
+def bind(spec: Spec, source: "Source", module: "nn.Module") -> Bound:
+    """Bind the spec's taps to a model and probe them.
+
+    Raises:
+        AddressError: taps that lead nowhere or cannot be captured, all of them at once.
+    """
+    from actdump import engine
+
+    sites = engine.bind(module, [entry.tap for entry in spec.save], named=[entry.name is not None for entry in spec.save])
+    probe = engine.probe(module, sites, engine.feed_for(module), tokens=spec.selection, dtype=spec.dtype)
+    return Bound(source, module, probe.feed, probe.sites)
+
+
+def bind_early(spec: Spec, source: "Source") -> None:
+    """Find wrong addresses before the weights are loaded, where the model class can be made without them."""
+    from actdump import engine, model
+
+    try:
+        skeleton = model.skeleton(source)
+    except UsageError:
+        return  # loading will say what is wrong, if anything is
+    engine.bind(skeleton, [entry.tap for entry in spec.save], named=[entry.name is not None for entry in spec.save])
+
+
+def survey(spec: Spec, *, watcher: Watcher | None = None) -> tuple[Bound, bool]:
+    """Bind the taps without weights where the model class allows it, and with them where it does not.
+
+    Returns:
+        What was bound, and whether weights were needed.
+    """
+    from actdump import engine, model
+
+    watcher = watcher or Silent()
+    source = model.find(spec.model)
+    skeleton = model.skeleton(source)
+    engine.bind(skeleton, [entry.tap for entry in spec.save], named=[entry.name is not None for entry in spec.save])
+    try:
+        return bind(spec, source, skeleton), False
+    except UsageError as error:
+        if isinstance(error.__cause__, Exception):  # the model itself does not run on the meta device
+            watcher.step("loading the model, which cannot be probed without weights")
+            return bind(spec, source, model.load(source)), True
+        raise
+
+
+def modules(spec: ModelSpec, *, grep: str | None = None, depth: int | None = None) -> Iterator[tuple[int, str, str, str]]:
+    """The modules of a model without its weights: depth, path, class, and the axes of the output or why it has none."""
+    from actdump import engine, model
+
+    source = model.find(spec)
+    skeleton = model.skeleton(source)
+    found = engine.outline(skeleton, engine.feed_for(skeleton))
+    if not any(output for _, _, output in found):  # this class does not run on the meta device
+        module = model.load(source)
+        found = engine.outline(module, engine.feed_for(module))
+    for path, kind, output in found:
+        level = path.count(".") + path.count("[") + (1 if path else 0)
+        if (depth is None or level <= depth) and (grep is None or grep.lower() in f"{path} {kind}".lower()):
+            yield level if grep is None else 0, path or "(the model)", kind, output
+
+
+def budget_for(spec: Spec, bound: Bound) -> Budget:
+    tokens = spec.batch.tokens
+    if tokens == "auto":
+        tokens = AUTO_TOKENS.get(bound.feed.device.type, AUTO_TOKENS_ACCELERATOR)
+    return Budget(tokens, spec.batch.prompts)
+
+
+def auto_tokens(spec: Spec) -> int:
+    from actdump import model
+
+    return AUTO_TOKENS.get(model.pick_device(spec.model.device).type, AUTO_TOKENS_ACCELERATOR)

@@ -1,0 +1,234 @@
+"""From a spec to a sealed dump: the loop that ties plan, engine and store together."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Any, Literal
+
+from actdump import inputs, store
+from actdump.errors import DataError, OccupiedError, Stopped
+from actdump.format import Folder, Manifest, manifest_from_json, plan_to_json
+from actdump.job.bound import Bound, bind, budget_for
+from actdump.job.feeding import content_of, cutter_for, standard_input, tokenised
+from actdump.job.provenance import circumstances, now
+from actdump.job.watching import Silent, Watcher
+from actdump.plan import Batch, Plan, batches, make
+from actdump.spec import Spec
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    state: Literal["done", "up to date"]
+    manifest: Manifest
+    path: Path
+    seconds: float
+
+
+def run(
+    spec: Spec,
+    root: Path,
+    *,
+    overwrite: bool = False,
+    watcher: Watcher | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Make a dump, go on with an unfinished one, or find that it is up to date.
+
+    Args:
+        overwrite: replace another dump in the folder.
+        stopping: asked after every batch; `True` ends the run.
+
+    Raises:
+        OccupiedError: the folder holds something else.
+        Stopped: asked to stop; finished parts stay, and the same run goes on.
+        ActdumpError: see the subclasses.
+    """
+    began = monotonic()
+    watcher = watcher or Silent()
+    folder = Folder(root)
+    with standard_input(spec) as stdin:
+        sources = inputs.of(spec, stdin)
+        found = _standing(spec, sources, folder, overwrite)
+        if found is not None and store.complete(folder, found):
+            return Outcome("up to date", _manifest(folder), folder.manifest, monotonic() - began)
+        return _go_on(_Job(spec, folder, watcher, stopping, began), sources, found, stdin)
+
+
+def _standing(spec: Spec, sources: inputs.Inputs, folder: Folder, overwrite: bool) -> Plan | None:
+    """The plan in the folder, if it is that of this very spec; `None` where a new one is to be made."""
+    store.check_free(folder, overwrite=overwrite)
+    try:
+        loaded = store.load_plan(folder)
+    except DataError:
+        if not overwrite:
+            raise
+        return None
+    if loaded is None:
+        return None
+    plan, stamps = loaded
+    differs = _difference(spec.decisive(), plan.facts["spec"])
+    if differs is None and not sources.same(stamps, plan.facts["inputs"]):
+        differs = "the model's files or the prompt file have changed"
+    if differs is None:
+        return plan
+    if not overwrite:
+        raise OccupiedError(
+            f"{folder.root} holds another dump: {differs}; choose another output, or replace it with --overwrite"
+        )
+    return None
+
+
+def _difference(now: object, before: object, key: str = "") -> str | None:
+    """The first place where two specs differ, in words."""
+    if now == before:
+        return None
+    if isinstance(now, dict) and isinstance(before, dict):
+        names = [name for name in {**before, **now} if now.get(name) != before.get(name)]
+        return _difference(now.get(names[0]), before.get(names[0]), f"{key}.{names[0]}".lstrip("."))
+    if isinstance(now, list) and isinstance(before, list):
+        if len(now) != len(before):
+            return f"`{key}` had {len(before)} entries and has {len(now)}"
+        place = next(place for place in range(len(now)) if now[place] != before[place])
+        return _difference(now[place], before[place], f"{key}[{place}]")
+    return f"`{key}` was {_short(before)} and is {_short(now)}"
+
+
+def _short(value: object) -> str:
+    text = "not given" if value is None else str(value)
+    return text if len(text) <= 120 else text[:117] + "…"
+
+
+def _manifest(folder: Folder) -> Manifest:
+    return manifest_from_json(json.loads(folder.manifest.read_bytes()))
+
+
+@dataclass
+class _Job:
+    """A run that is under way."""
+
+    spec: Spec
+    folder: Folder
+    watcher: Watcher
+    stopping: Callable[[], bool]
+    began: float
+    started: str = field(default_factory=lambda: now())
+
+
+def _go_on(job: _Job, sources: inputs.Inputs, found: Plan | None, stdin: Path | None) -> Outcome:
+    from actdump import engine, model
+
+    spec, watcher = job.spec, job.watcher
+    watcher.step("reading the model's config")
+    with ThreadPoolExecutor(1) as aside:
+        hashes = aside.submit(sources.hashes)
+        source = model.find(spec.model)
+        engine.bind(
+            model.skeleton(source), [entry.tap for entry in spec.save], named=[entry.name is not None for entry in spec.save]
+        )
+        watcher.step("loading the model")
+        bound = bind(spec, source, model.load(source))
+        _check_stop(job)
+        if found is None or not store.has_tokens(job.folder, found):
+            watcher.step("tokenising")
+            plan = _take_in(job, bound, sources, hashes.result(), stdin, found)
+        else:
+            plan = found
+    if plan.columns != bound.columns:
+        raise DataError(
+            f"{job.folder.root}: the model's shapes are not those of the plan in the folder; use the versions that made it"
+        )
+    return _write_parts(job, plan, bound)
+
+
+def _take_in(
+    job: _Job, bound: Bound, sources: inputs.Inputs, hashes: Mapping[str, str], stdin: Path | None, found: Plan | None
+) -> Plan:
+    """Tokenise all prompts and write plan, tokens and prompts; with a plan found, only what is missing beside it."""
+    folder = job.folder
+    with store.storage(folder.root, "made"):
+        folder.root.mkdir(parents=True, exist_ok=True)
+    store.sweep(folder)
+    with store.Intake(folder, cutter_for(job.spec, bound)) as intake:
+        for prompt, ids in tokenised(job.spec, bound, stdin):
+            _check_stop(job)
+            intake.add(prompt.number, prompt.id, ids, *content_of(prompt))
+        facts = facts_of(job.spec, bound, hashes, intake.facts)
+        plan = make(facts, bound.columns, intake.cutter.parts, found.budget if found else budget_for(job.spec, bound))
+        if found is not None and plan.digest != found.digest:
+            raise DataError(
+                f"{folder.root}: the prompts' tokens are not those of the plan in the folder; use the versions that made it"
+            )
+        if found is None:
+            store.check_space(folder, sum(part.bytes for part in plan.parts))
+            store.clear(folder)
+        intake.commit(plan if found is None else None, sources.stamps(), plan_to_json)
+    return plan
+
+
+def facts_of(spec: Spec, bound: Bound, hashes: Mapping[str, str], taken: Mapping[str, Any]) -> dict[str, Any]:
+    config: Any = bound.module.config
+    return {
+        "spec": spec.decisive(),
+        "inputs": dict(hashes),
+        **taken,
+        "model": {
+            "name": spec.model.source or str(config.model_type),
+            "commit": bound.source.commit,
+            "class": type(bound.module).__name__,
+            "dtype": str(bound.source.dtype).removeprefix("torch."),
+            "attn_implementation": getattr(config, "_attn_implementation", None),
+            "masked": bound.feed.masked,
+        },
+    }
+
+
+def _write_parts(job: _Job, plan: Plan, bound: Bound) -> Outcome:
+    folder = job.folder
+    store.sweep(folder)
+    finished = [part for part in plan.parts if store.done(folder, part, plan.digest)]
+    waiting = [part for part in plan.parts if part not in finished]
+    store.check_space(folder, sum(part.bytes for part in waiting))
+    job.watcher.planned(plan, finished)
+    around = circumstances(bound)
+    with store.Pendings() as pendings, store.Writer() as writer:  # the writer ends before what it writes to is closed
+        for part in waiting:
+            shard = pendings.begin(folder, plan, part, store.part_tokens(folder, plan, part))
+            count = _capture_part(job, plan, bound, shard, writer)
+            writer.do(shard.seal, {**around, "batches": count, "finished": now()})
+        writer.finish()
+    made = {**around, "started": job.started, "finished": now(), "seconds": round(monotonic() - job.began, 3)}
+    manifest = store.seal(folder, plan, made)
+    return Outcome("done", manifest, folder.manifest, monotonic() - job.began)
+
+
+def _capture_part(job: _Job, plan: Plan, bound: Bound, shard: store.Pending, writer: store.Writer) -> int:
+    """Capture a part batch by batch, and hand the rows to the writer; the number of batches."""
+    import torch
+
+    from actdump import engine
+
+    cut = batches(shard.lengths, plan.budget)
+    with torch.inference_mode():
+        for places in cut:
+            _check_stop(job)
+            numbers = tuple(shard.part.first + place for place in places)
+            batch = Batch(numbers, tuple(shard.ids[place].tolist() for place in places))
+            captured = engine.capture(bound.module, bound.sites, bound.feed, batch)
+            writer.do(_put, shard, places, captured)
+            job.watcher.batch(len(places), sum(batch.lengths))
+    return len(cut)
+
+
+def _check_stop(job: _Job) -> None:
+    if job.stopping():
+        raise Stopped(f"{job.folder.root}: stopped before the end; the same command goes on with it")
+
+
+def _put(shard: store.Pending, places: Sequence[int], captured: Any) -> None:
+    captured.wait()
+    shard.put(places, captured.buffers())

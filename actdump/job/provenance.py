@@ -1,0 +1,44 @@
+"""With what, where and when a dump was made."""
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from actdump.job.bound import Bound
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def circumstances(bound: Bound) -> dict[str, Any]:
+    """With what, where and by whom the values were computed; none of it decides them."""
+    import torch
+
+    slurm = {
+        name: os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID") if name in os.environ
+    }
+    return {
+        "versions": {name: version(name) for name in ("actdump", "torch", "transformers", "safetensors")},
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "device": str(bound.feed.device),
+        "threads": torch.get_num_threads(),
+        "git": _git(),
+        **({"slurm": slurm} if slurm else {}),
+    }
+
+
+def _git() -> dict[str, Any] | None:
+    """The commit of the working folder and whether it has changes; `None` outside a repository."""
+
+    def ask(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
