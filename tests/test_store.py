@@ -376,3 +376,27 @@ def test_an_error_here_drops_what_waits_there():
         threading.Timer(0.05, gate.set).start()
         raise KeyboardInterrupt
     assert done == []
+
+
+def test_a_failed_task_stops_those_that_wait_behind_it():
+    began, done = threading.Event(), []
+
+    def fail():
+        began.wait()
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"), store.Writer() as writer:
+        writer.do(fail)
+        writer.do(done.append, "sealed")
+        began.set()
+        writer.finish()
+    assert done == []
+
+
+def test_a_shard_without_all_its_rows_is_not_sealed(folder):
+    shard = pending(folder, take_in(folder))
+    shard.put([0, 2, 1], buffers([0, 2, 1]))
+    with pytest.raises(DataError, match="the rows of 1 prompts never came"):
+        shard.seal({})
+    shard.discard()
+    assert list(folder.shards.iterdir()) == []

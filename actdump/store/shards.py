@@ -47,6 +47,7 @@ class Pending:
         self.hidden = temporary(self.final, os.getpid())
         self.layout = shard_layout(plan.columns, lengths, metadata(plan, part))
         self.ids, self.lengths = ids, lengths
+        self.missing = set(range(len(ids)))
         self.closed = False
         self.offsets = [np.cumsum([0, *map(column.layout.rows, lengths)], dtype=np.int64) for column in plan.columns]
         with storage(self.hidden):
@@ -87,6 +88,7 @@ class Pending:
         with storage(self.hidden):
             for column, offsets, buffer in zip(self.plan.columns, self.offsets, buffers, strict=True):
                 self._put(column, offsets, places, buffer.data)
+        self.missing.difference_update(places)
 
     def _put(self, column: Column, offsets: "Array", places: Sequence[int], view: memoryview) -> None:
         start, size = self.layout.tensors[column.name].start, column.layout.row_bytes
@@ -99,7 +101,13 @@ class Pending:
             raise DataError(f"{column.name}: a batch gave {len(view)} bytes where {taken} were planned")
 
     def seal(self, written: Mapping[str, Any]) -> Shard:
-        """Flush, hash, rename, and write the record: the part is done."""
+        """Flush, hash, rename, and write the record: the part is done.
+
+        Raises:
+            DataError: rows of some prompts never came.
+        """
+        if self.missing:
+            raise DataError(f"{self.final}: the rows of {len(self.missing)} prompts never came, so the shard is not sealed")
         with storage(self.final):
             os.fsync(self.descriptor)
             digest = file_sha256(self.hidden)
@@ -165,12 +173,23 @@ class Writer:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="actdump-writer")
         self._waiting: deque[Future[Any]] = deque()
+        self._failed = False
 
     def do(self, task: Callable[..., Any], *args: Any) -> None:
         """Let the thread do this; waits while too much is waiting there."""
         while self._waiting and (len(self._waiting) >= AHEAD or self._waiting[0].done()):
             self._waiting.popleft().result()
-        self._waiting.append(self._thread.submit(task, *args))
+        self._waiting.append(self._thread.submit(self._run, task, *args))
+
+    def _run(self, task: Callable[..., Any], *args: Any) -> None:
+        """Do a task, unless one before it failed: what follows may build on it, as a seal does on the rows."""
+        if self._failed:
+            return
+        try:
+            task(*args)
+        except BaseException:
+            self._failed = True
+            raise
 
     def finish(self) -> None:
         """Return when all is done."""
