@@ -360,13 +360,21 @@ def parse_selection(value: object) -> Selection:
         if value in WORDS:
             return cast(Selection, value)
         if (found := _SLICE.fullmatch(value.strip())) and value.strip():
-            return _slice(value, found, 0)
+            return _filled(_slice(value, found, 0))
     if isinstance(value, list) and value and all(type(entry) is int for entry in value):
         return tuple(value)
     raise AddressError(
         f"`{value}` does not select tokens; use all, first, last, mean, "
         'a list of positions such as [0, -1], or a slice such as "2:5"'
     )
+
+
+def _filled(entries: Slice) -> Slice:
+    """The slice, if some prompt is long enough for it to pick anything."""
+    bounds = [abs(bound) for bound in (entries.start, entries.stop) if bound is not None]
+    if not entries.of(sum(bounds) + 1):
+        raise AddressError(f"the slice {entries} never picks a token")
+    return entries
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,10 @@ def tree(
         console.start_logging(quiet=False)
         is_spec = Path(model).suffix in (".yaml", ".yml")
         wanted = _load(Path(model), sets, None).model if is_spec else model_spec(model, {})
-        console.table(console.tree_table(job.modules(wanted, grep=grep, depth=depth)))
+        found = list(job.modules(wanted, grep=grep, depth=depth))
+        if not found:
+            raise UsageError(f"no module of `{model}` has `{grep}` in its path or class")
+        console.table(console.tree_table(found))
 
 
 @app.command()

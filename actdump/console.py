@@ -92,10 +92,9 @@ class Bar:
         self.began = self.said = monotonic()
         self.progress.update(self.task, description="capturing", total=plan.prompts, completed=finished)
         going_on = f", {len(done)} of {len(plan.parts)} parts done before" if done else ""
-        shards = f"{len(plan.parts)} shard{'s' * (len(plan.parts) != 1)}"
-        err.print(
-            f"{plan.prompts:,} prompts, {plan.tokens:,} tokens, {len(plan.columns)} taps, {size(plan.bytes)} in {shards}{going_on}"
-        )
+        counts = ((plan.prompts, "prompt"), (plan.tokens, "token"), (len(plan.columns), "tap"))
+        what = ", ".join(counted(*each) for each in counts)
+        err.print(f"{what}, {size(plan.bytes)} in {counted(len(plan.parts), 'shard')}{going_on}")
 
     def batch(self, prompts: int, tokens: int) -> None:
         self.prompts += prompts

@@ -55,7 +55,7 @@ def read(spec: PromptsSpec, stdin: Path | None = None) -> Iterator[Prompt]:
         own_id = None if row.id is None else str(row.id)
         yield Prompt(number, ids.take(number, own_id, where), content, row.model_extra or {}, where)
     if count == 0:
-        raise SpecError(f"{spec.file}: there are no prompts in it")
+        raise SpecError(f"{'standard input' if spec.file == '-' else spec.file}: there are no prompts in it")
 
 
 def _rows(spec: PromptsSpec, stdin: Path | None) -> Iterator[tuple[Row, str]]:

@@ -231,6 +231,8 @@ class Rows:
             if not -len(self) <= key < len(self):
                 raise IndexError(f"there is no row {key}; the tap has {len(self)}")
             return self[key % len(self) : key % len(self) + 1][0]
+        if not isinstance(key, slice):
+            raise TypeError(f"rows are taken by a number or a slice, not by {type(key).__name__}; index the tensor of a slice")
         first, last, step = key.indices(len(self))
         if step < 0:
             raise ValueError("rows cannot be read backwards")

@@ -190,3 +190,10 @@ def test_selections_are_words_positions_or_slices(value, selection):
 def test_what_selects_no_tokens_is_refused(value):
     with pytest.raises(AddressError, match="use all, first, last, mean, a list of positions"):
         parse_selection(value)
+
+
+def test_a_slice_that_never_picks_a_token_is_refused():
+    with pytest.raises(AddressError, match="never picks a token"):
+        parse_selection("5:2")
+    assert parse_selection("2:5") == Slice(2, 5)
+    assert parse_selection("5:-2") == Slice(5, -2)

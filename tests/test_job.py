@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import actdump
 from actdump import job, store
-from actdump.errors import DataError, OccupiedError, Stopped
+from actdump.errors import ActdumpError, DataError, OccupiedError, Stopped
 from actdump.spec import Spec, load
 
 CONFIG = {
@@ -485,3 +485,10 @@ def test_a_run_holds_no_more_batches_than_the_writer_lets_wait(tmp_path, monkeyp
     job.run(make_spec(60, batch={"tokens": 20}), tmp_path / "out")
     assert len(waiting) > 20
     assert max(waiting) <= store.AHEAD
+
+
+def test_prompts_that_are_refused_leave_no_folder(tmp_path):
+    spec = make_spec(tokens=[0, 63])  # no prompt is that long
+    with pytest.raises(ActdumpError, match="asks for a position"):
+        job.run(spec, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

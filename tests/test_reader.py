@@ -280,3 +280,8 @@ def test_a_cut_shard_a_missing_shard_and_a_missing_record_are_found(damaged):
     assert "prompts.jsonl: the bytes changed" in faults[3]
     with pytest.raises(DataError, match=r"00000\.safetensors: not a whole safetensors file"):
         actdump.open(damaged)["pooled"][0]
+
+
+def test_rows_by_a_list_say_what_is_taken(dump):
+    with pytest.raises(TypeError, match="a number or a slice, not by list"):
+        dump["pooled"].rows[[1, 2]]

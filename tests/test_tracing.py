@@ -759,3 +759,16 @@ def test_blocks_do_not_nest(model, modules):
         assert inner.shape == (1, 8, 16)
         hidden = model.transformer.h[0].output.save()
     assert hidden.shape == (1, 8, 16)
+
+
+def test_a_value_that_is_none_is_refused_as_in_a_dump(gpt2):
+    model = wrap(gpt2)
+    with pytest.raises(AddressError, match="attn_implementation: eager"), model.trace([1, 2, 3]):
+        model.transformer.h[0].attn.output[1].save()
+
+
+def test_ids_outside_the_vocabulary_and_what_is_no_module_are_refused(gpt2):
+    with pytest.raises(UsageError, match="outside the vocabulary"):
+        wrap(gpt2).trace([10**6])
+    with pytest.raises(UsageError, match="takes a torch module, not int"):
+        wrap(3)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from actdump.address import Index, Item, Nth, Selection, Slice, Tap, written
-from actdump.engine.hooks import Stop, Unfit, copied, described, hooked, read, which_call
+from actdump.engine.hooks import Stop, Unfit, copied, described, hooked, not_a_tensor, read, which_call
 from actdump.engine.site import Axis, Feed, Site, cut_out, fits, shape_text
 from actdump.errors import AddressError, DataError
 from actdump.plan import ITEM_BYTES, Batch, Layout
@@ -300,6 +300,8 @@ def _whole(tap: Tap, held: Any) -> Any:
         if tap.address.port in ("inputs", "outputs") and not tap.address.items:
             return held
         value, index = read(tap, held)
+        if value is None:
+            raise Unfit(not_a_tensor(value, held))
         for item in index:
             if not isinstance(item, Nth | Index):
                 raise Unfit(f"`{written(item)}` cannot follow a tensor")

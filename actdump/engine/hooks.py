@@ -151,3 +151,13 @@ def copied(value: Any) -> Any:
         entries = [copied(entry) for entry in value]
         return type(value)(*entries) if hasattr(type(value), "_fields") else type(value)(entries)
     return value
+
+
+def not_a_tensor(value: Any, held: Any) -> str:
+    """Why what stands at an address cannot be kept."""
+    if value is None:
+        return (
+            f"it is None; the port held {described(held)}. Attention weights exist only with `attn_implementation: eager` "
+            "(a key of `model` in the spec, an option of `actdump.load`)"
+        )
+    return f"it is {described(value)}, not a tensor; add an item that picks one, such as [0] or ['name']"

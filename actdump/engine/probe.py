@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from actdump.address import Index, Item, Nth, Selection, Slice, Tap, parse, written
-from actdump.engine.hooks import Unfit, copied, described, form, hooked, read, which_call
+from actdump.engine.hooks import Unfit, copied, described, form, hooked, not_a_tensor, read, which_call
 from actdump.engine.site import Axis, Feed, Site, bind, cut_out, fits, shape_text
 from actdump.errors import ActdumpError, AddressError, UsageError
 from actdump.plan import ITEM_BYTES, Layout
@@ -134,7 +134,7 @@ def _labelled(site: Site, tokens: Selection | None, dtype: str | None, alone: li
         value, index = read(site.tap, alone[call])
         other, _ = read(site.tap, batch[call])
         if not isinstance(value, Tensor) or not isinstance(other, Tensor):
-            raise Unfit(_not_a_tensor(value, alone[call]))
+            raise Unfit(not_a_tensor(value, alone[call]))
         axes = _axes(tuple(value.shape), tuple(other.shape))
         shape, dropped, least = _one_prompt(axes, index)
         bound = replace(
@@ -147,15 +147,6 @@ def _labelled(site: Site, tokens: Selection | None, dtype: str | None, alone: li
         return replace(bound, layout=Layout(_selected_dims(bound), _storage(value.dtype, tap.dtype, dtype)))
     except Unfit as reason:
         return Fault(site.tap, str(reason))
-
-
-def _not_a_tensor(value: Any, held: Any) -> str:
-    if value is None:
-        return (
-            f"it is None; the port held {described(held)}. Attention weights exist only with `attn_implementation: eager` "
-            "in the model's part of the spec"
-        )
-    return f"it is {described(value)}, not a tensor; add an item that picks one, such as [0] or ['name']"
 
 
 def _axes(alone: tuple[int, ...], together: tuple[int, ...]) -> tuple[Axis, ...]:

@@ -73,7 +73,8 @@ def _standing(spec: Spec, sources: inputs.Inputs, folder: Folder, overwrite: boo
     plan, stamps = loaded
     differs = _difference(spec.decisive(), plan.facts["spec"])
     if differs is None and not sources.same(stamps, plan.facts["inputs"]):
-        differs = "the model's files or the prompt file have changed"
+        source = "standard input" if spec.prompts.file == "-" else "the prompt file"
+        differs = f"the model's files or {source} have changed"
     if differs is None:
         return plan
     if not overwrite:

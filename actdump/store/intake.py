@@ -4,6 +4,7 @@ import json
 import os
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -75,6 +76,8 @@ class Intake:
         for file, final in ((self.tokens, self.folder.tokens), (self.lines, self.folder.prompts)):
             file.close()
             temporary(final, os.getpid()).unlink(missing_ok=True)
+        with suppress(OSError):  # it holds something
+            self.folder.root.rmdir()
 
 
 def part_tokens(folder: Folder, plan: Plan, part: Part) -> "list[Array]":

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import nn
 
 from actdump.address import PORTS, Address, Child, Nth, Step, Tree, expand, module_at, path_text
-from actdump.errors import AddressError, TraceError
+from actdump.errors import AddressError, TraceError, UsageError
 from actdump.tracing.tracer import Traced, Tracer, work
 from actdump.tracing.values import Proxy, out_of_scope
 
@@ -128,6 +128,8 @@ def wrap(module: nn.Module, tokenizer: Any = None) -> Model:
         module: in eval mode, unless its dropout is meant to show.
         tokenizer: for prompts that are strings; called as `tokenizer(text)["input_ids"]`.
     """
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"wrap takes a torch module, not {type(module).__name__}; `actdump.load` takes the name of a model")
     return Model(module, tokenizer)
 
 

@@ -88,6 +88,8 @@ def _ids(traced: Traced, prompt: Any, which: str) -> Sequence[int]:
         raise UsageError(f"{which} is empty; a model needs at least one token")
     if not isinstance(ids, list | tuple) or not all(isinstance(entry, int) for entry in ids):
         raise UsageError(f"{which} is neither a string nor token ids: {prompt!r}")
+    if not 0 <= min(ids) <= max(ids) < (vocabulary := _feed(traced).vocabulary):
+        raise UsageError(f"{which} has a token id outside the vocabulary, which is 0 to {vocabulary - 1}")
     return ids
 
 
