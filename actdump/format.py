@@ -273,4 +273,4 @@ def _check_version(value: Mapping[str, Any]) -> None:
 
 def _fields(kind: type[T], value: Mapping[str, Any]) -> T:
     _check_version(value)
-    return kind(**{name: value[name] for name in kind.__dataclass_fields__ if name in value})  # type: ignore[attr-defined]
+    return kind(**{name: value[name] for name in kind.__dataclass_fields__ if name in value})  # type: ignore[attr-defined] # T is a dataclass

@@ -71,9 +71,9 @@ def _lines(name: str, stdin: Path | None) -> Iterator[tuple[str, str]]:
     if name == "-" and stdin is None:
         yield from _decoded(sys.stdin.buffer, shown)
         return
-    path = stdin if name == "-" else Path(name).expanduser()
+    path = stdin if name == "-" and stdin is not None else Path(name).expanduser()
     try:
-        file = path.open("rb")  # type: ignore[union-attr]
+        file = path.open("rb")
     except FileNotFoundError:
         raise MissingError(f"prompts: there is no file `{name}`") from None
     except IsADirectoryError:

@@ -188,7 +188,7 @@ _SIDES: dict[torch.device, "torch.cuda.Stream"] = {}
 
 def _side_stream(device: torch.device) -> "torch.cuda.Stream":
     if device not in _SIDES:
-        _SIDES[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        _SIDES[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch gives it no types
     return _SIDES[device]
 
 

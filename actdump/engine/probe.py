@@ -118,7 +118,7 @@ def _observe(model: nn.Module, sites: Sequence[Site], feed: Feed, ids: Tensor, m
             model(**feed.arguments(ids, mask))
         except ActdumpError:
             raise
-        except Exception as error:
+        except Exception as error:  # a model's code can raise anything; it is told in full, and chained
             raise UsageError(
                 f"{type(model).__name__} does not run on token ids alone: {type(error).__name__}: {error}"
             ) from error
