@@ -189,6 +189,9 @@ def show(out: Folder, as_json: Json = False) -> None:
         console.table(console.facts_table(_summary(dump.manifest)))
         console.out.print()
         console.table(console.manifest_table(dump.manifest))
+        if dump.manifest.statistics:
+            console.out.print()
+            console.table(console.statistics_table(dump.manifest))
 
 
 def _summary(manifest: Any) -> list[tuple[str, str]]:

@@ -198,6 +198,23 @@ def manifest_table(manifest: Manifest) -> Table:
     return _taps_table(map(row, manifest.columns))
 
 
+def statistics_table(manifest: Manifest) -> Table:
+    """What `show` says of the values of every floating point tap; norms by position are those of the prompts' first tokens."""
+    listed = manifest.statistics.items()
+    odd = any(each.nonfinite for _, each in listed)
+    positions = any(each.rows_by_position for _, each in listed)
+    headings = ["mean", "std", "mean norm", "largest", *["not finite"] * odd]
+    table = _plain_table("tap", *headings, *["mean norm of tokens 0, 1, 2 …"] * positions, right=headings)
+    for name, each in listed:
+        norm = "" if each.norm is None else f"{each.norm:.4g}"
+        early = "  ".join(
+            f"{norm:.4g}" for rows, norm in zip(each.rows_by_position, each.norm_by_position, strict=True) if rows
+        )
+        figures = [f"{each.mean:.4g}", f"{each.std:.4g}", norm, f"{each.largest:.4g}", *[f"{each.nonfinite:,}"] * odd]
+        table.add_row(*map(Text, (name, *figures, *[early] * positions)))
+    return table
+
+
 def facts_table(rows: Iterable[tuple[str, str]]) -> Table:
     """Pairs of a word and what it is."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))

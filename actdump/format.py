@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from actdump.address import Slice
 from actdump.errors import DataError
 from actdump.plan import ITEM_BYTES, Budget, Column, Layout, Part, Plan
+from actdump.statistics import Statistics, statistics_from_json, statistics_to_json
 
 T = TypeVar("T")
 VERSION = 1
@@ -148,6 +149,7 @@ class Shard:
         first, prompts, tokens: which prompts it holds, and how many tokens they have.
         bytes: the size of the file; sha256: of the whole file.
         rows: how many rows each tap has.
+        statistics: what the values of each floating point tap look like.
         written: who wrote it and how: versions, host, device, batches. Says nothing about the values.
     """
 
@@ -159,6 +161,7 @@ class Shard:
     bytes: int
     sha256: str
     rows: Mapping[str, int]
+    statistics: Mapping[str, Statistics] = field(default_factory=dict)
     written: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -167,7 +170,7 @@ def shard_to_json(shard: Shard) -> dict[str, Any]:
 
 
 def shard_from_json(value: Mapping[str, Any]) -> Shard:
-    return _fields(Shard, value)
+    return _fields(Shard, {**value, "statistics": statistics_from_json(value["statistics"])})
 
 
 # ------------------------------------------------------------------------------------------------ plan and manifest
@@ -180,8 +183,9 @@ class Manifest:
     Attributes:
         digest: the plan's digest.
         columns: the taps.
-        shards: the finished shards in order, without what their records say of the writing.
+        shards: the finished shards in order, without what their records say of the values and of the writing.
         prompts, tokens, bytes: totals; bytes are those of the shard files.
+        statistics: what the values of each floating point tap look like, over all shards.
         facts: what the dump was made from: spec, inputs' hashes, model, tokens.
         made: when, where and with what it was made.
     """
@@ -192,6 +196,7 @@ class Manifest:
     prompts: int
     tokens: int
     bytes: int
+    statistics: Mapping[str, Statistics]
     facts: Mapping[str, Any]
     made: Mapping[str, Any]
 
@@ -220,7 +225,8 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
 
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
     shards = [
-        {key: value for key, value in asdict(shard).items() if key not in ("digest", "written")} for shard in manifest.shards
+        {key: value for key, value in asdict(shard).items() if key not in ("digest", "statistics", "written")}
+        for shard in manifest.shards
     ]
     return {
         "format": VERSION,
@@ -230,6 +236,7 @@ def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
         "bytes": manifest.bytes,
         "columns": [column_to_json(column) for column in manifest.columns],
         "shards": shards,
+        "statistics": statistics_to_json(manifest.statistics),
         "facts": manifest.facts,
         "made": manifest.made,
     }
@@ -239,7 +246,8 @@ def manifest_from_json(value: Mapping[str, Any]) -> Manifest:
     _check_version(value)
     shards = tuple(_fields(Shard, {**shard, "format": VERSION, "digest": value["digest"]}) for shard in value["shards"])
     columns = tuple(map(column_from_json, value["columns"]))
-    return _fields(Manifest, {**value, "columns": columns, "shards": shards})
+    statistics = statistics_from_json(value["statistics"])
+    return _fields(Manifest, {**value, "columns": columns, "shards": shards, "statistics": statistics})
 
 
 def column_to_json(column: Column) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from actdump import format as form
 from actdump.address import Slice
 from actdump.errors import DataError
 from actdump.plan import Budget, Column, Layout, Part, make, prompt_bytes
+from actdump.statistics import Statistics
 
 NAMES = ["h[0].output[0]", "naïve \"quoted\" 名", "a/b", "out put"]  # fmt: skip
 
@@ -29,7 +30,8 @@ COLUMNS = [
     column(NAMES[3], (Slice(-2, None), 2, 2), "int64"),
 ]
 PARTS = (Part(0, 0, 2, 7, 100), Part(1, 2, 1, 3, 50))
-SHARD = form.Shard(1, "d" * 64, 2, 1, 3, 4096, "e" * 64, dict.fromkeys(NAMES, 3), {"host": "x"})
+LOOKS = {NAMES[0]: Statistics(3, 9, 0, 0.5, 1.5, 2.5, 3.5, (1, 1), (2.0, 3.0))}
+SHARD = form.Shard(1, "d" * 64, 2, 1, 3, 4096, "e" * 64, dict.fromkeys(NAMES, 3), LOOKS, {"host": "x"})
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
 
@@ -86,8 +88,9 @@ def plan():
 
 
 def manifest():
-    bare = replace(SHARD, written={})
-    return form.Manifest("d" * 64, tuple(COLUMNS), (replace(bare, number=0, first=0), bare), 3, 10, 8192, {"a": 1}, {"b": 2})
+    bare = replace(SHARD, statistics={}, written={})
+    shards = replace(bare, number=0, first=0), bare
+    return form.Manifest("d" * 64, tuple(COLUMNS), shards, 3, 10, 8192, SHARD.statistics, {"a": 1}, {"b": 2})
 
 
 @pytest.mark.parametrize(

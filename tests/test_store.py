@@ -97,7 +97,7 @@ def test_a_shard_is_a_safetensors_file_with_its_header_first(folder):
     assert (8 + length) % 8 == 0
     for places in ([2, 0], [3, 1]):  # batches come in another order than the prompts
         shard.put(places, buffers(places))
-    record = shard.seal({"batches": 2})
+    record = shard.seal({}, {"batches": 2})
     assert record.bytes == folder.shard(0).stat().st_size == shard.layout.size
     assert record.rows == {"a.output[0]": 10, "pooled": 4, "square": 9 + 1 + 16 + 4}
     assert names(folder) == [
@@ -123,7 +123,7 @@ def test_a_shard_says_what_it_is(folder):
     plan = take_in(folder, most_tokens=5)
     shard = pending(folder, plan, 1)
     shard.put([0, 1], buffers([2, 3])) if plan.parts[1].prompts == 2 else shard.put([0], buffers([2]))
-    shard.seal({})
+    shard.seal({}, {})
     with safe_open(folder.shard(1), framework="np") as file:
         about = file.metadata()
     assert about["first_prompt"] == "2"
@@ -155,7 +155,7 @@ def test_discarding_a_sealed_shard_keeps_it(folder):
     plan = take_in(folder)
     shard = pending(folder, plan)
     shard.put([0, 1, 2, 3], buffers([0, 1, 2, 3]))
-    record = shard.seal({})
+    record = shard.seal({}, {})
     kept = os.open(folder.plan, os.O_RDONLY)  # may have the number of the descriptor that the shard had
     shard.discard()
     assert os.fstat(kept).st_size > 0
@@ -174,7 +174,7 @@ def test_a_part_is_done_only_with_its_record_its_size_and_its_plan(folder):
     plan = take_in(folder)
     shard = pending(folder, plan)
     shard.put([0, 1, 2, 3], buffers([0, 1, 2, 3]))
-    shard.seal({})
+    shard.seal({}, {})
     part = plan.parts[0]
     assert store.done(folder, part, plan.digest) is not None
     assert store.done(folder, part, "another") is None
@@ -234,7 +234,7 @@ def test_the_umask_decides_the_modes(mask, folder):
         plan = take_in(folder)
         shard = pending(folder, plan)
         shard.put([0, 1, 2, 3], buffers([0, 1, 2, 3]))
-        shard.seal({})
+        shard.seal({}, {})
         store.seal(folder, plan, {})
     finally:
         os.umask(before)
@@ -248,7 +248,7 @@ def test_sealing_writes_the_manifest_and_drops_the_spooled_tokens(folder):
     assert not store.complete(folder, plan)
     shard = pending(folder, plan)
     shard.put([0, 1, 2, 3], buffers([0, 1, 2, 3]))
-    shard.seal({})
+    shard.seal({}, {})
     assert not store.complete(folder, plan)
     manifest = store.seal(folder, plan, {"by": "a test"})
     assert manifest.prompts == 4
@@ -397,6 +397,6 @@ def test_a_shard_without_all_its_rows_is_not_sealed(folder):
     shard = pending(folder, take_in(folder))
     shard.put([0, 2, 1], buffers([0, 2, 1]))
     with pytest.raises(DataError, match="the rows of 1 prompts never came"):
-        shard.seal({})
+        shard.seal({}, {})
     shard.discard()
     assert list(folder.shards.iterdir()) == []

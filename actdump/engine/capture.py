@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from actdump.address import Index, Item, Nth, Selection, Slice, Tap, written
 from actdump.engine.hooks import Stop, Unfit, copied, described, hooked, not_a_tensor, read, which_call
+from actdump.engine.measure import Measured, measure
 from actdump.engine.site import Axis, Feed, Site, cut_out, fits, shape_text
 from actdump.errors import AddressError, DataError
 from actdump.plan import ITEM_BYTES, Batch, Layout
+from actdump.statistics import Statistics
 
 
 @dataclass
@@ -52,6 +54,16 @@ class Padded:
             self._indices[key] = None if everything else torch.tensor(self._places(selection), dtype=torch.long).to(device)
         return self._indices[key]
 
+    def places_of_rows(self, site: Site) -> "np.ndarray | None":
+        """For each row that a site keeps, the place of its token in its prompt; `None` where a row is no token's."""
+        several = site.selection == "mean" or isinstance(site.selection, tuple)  # a row is of several tokens
+        if site.token_axis != 0 or several or cast(Layout, site.layout).flat:
+            return None
+        kept = cast(Slice, site.shape[0])
+        return np.concatenate(
+            [kept.of(length) if site.selection == "all" else positions(site.selection, length) for length in self.lengths]
+        )
+
     def _places(self, selection: Selection) -> list[int]:
         starts = range(0, self.width * len(self.lengths), self.width)
         return [
@@ -85,8 +97,10 @@ class Captured:
     Call `wait` before reading; on CUDA the copies may still be on their way.
     """
 
+    sites: Sequence[Site]
+    padded: Padded
     rows: list[Tensor]
-    overflows: list[tuple[Site, Tensor]]
+    measured: list[Measured | None]
     ready: "torch.cuda.Event | None" = None
 
     def wait(self) -> None:
@@ -97,31 +111,53 @@ class Captured:
         """
         if self.ready is not None:
             self.ready.synchronize()
-        for site, count in self.overflows:
-            if lost := int(count.item()):
-                layout = cast(Layout, site.layout)
-                raise DataError(
-                    f"{site.tap.name}: {lost} finite value{'s' * (lost > 1)} too large for {layout.dtype}, whose largest is "
-                    f"{torch.finfo(getattr(torch, layout.dtype)).max:g}; use `dtype: bfloat16` or `dtype: float32`"
-                )
+        for site, measured in zip(self.sites, self.measured, strict=True):
+            if measured is not None and measured.lost:
+                raise DataError(_overflow(site, measured))
 
     def buffers(self) -> "list[np.ndarray]":
         """The bytes of each site's rows, one prompt after another, without a copy."""
         return [rows.contiguous().view(-1).view(torch.uint8).numpy() for rows in self.rows]
 
+    def statistics(self) -> list[Statistics | None]:
+        """What the values of each site look like; `None` where nobody measured, or where they are no floating point numbers."""
+        return [
+            None if measured is None else measured.statistics(self.padded.places_of_rows(site))
+            for site, measured in zip(self.sites, self.measured, strict=True)
+        ]
 
-def capture(model: nn.Module, sites: Sequence[Site], feed: Feed, batch: Batch, *, land: bool = True) -> Captured:
+    def nonfinite(self, site: int) -> list[int]:
+        """The prompts, by their place in the batch, in whose values at a site not all are finite."""
+        each = values(self.sites[site], self.rows[site], self.padded.lengths)
+        return [place for place, value in enumerate(each) if not value.isfinite().all()]
+
+
+def _overflow(site: Site, measured: Measured) -> str:
+    dtype = cast(Layout, site.layout).dtype
+    largest = {name: torch.finfo(getattr(torch, name)).max for name in (dtype, "float16", "bfloat16", "float32")}
+    fitting = [f"`dtype: {name}`" for name, most in largest.items() if name != dtype and most >= measured.reach]
+    lost = f"{measured.lost} finite value{'s' * (measured.lost > 1)}"
+    return (
+        f"{site.tap.name}: {lost} too large for {dtype}, whose largest is {largest[dtype]:g} (they reach {measured.reach:g}); "
+        f"use {' or '.join(fitting) or '`dtype: float64`'}"
+    )
+
+
+def capture(
+    model: nn.Module, sites: Sequence[Site], feed: Feed, batch: Batch, *, land: bool = True, measure: bool = False
+) -> Captured:
     """Run one forward for one batch and keep what the sites ask for; the forward ends when every site has fired.
 
     Args:
         sites: probed sites.
         land: bring the rows to the CPU; on CUDA through pinned memory on a side stream, while the forward goes on.
+        measure: take the statistics of all floating point rows on the way.
 
     Raises:
         DataError: a value does not have the shape that the probe promised, or a site did not fire.
     """
     padded = Padded(batch)
-    catch = _Catch(sites, padded, land)
+    catch = _Catch(sites, padded, land, measure)
     arguments = feed.arguments(*padded.tensors(feed))
     with suppress(Stop), hooked(sites, catch.seen):
         model(**arguments)
@@ -131,13 +167,14 @@ def capture(model: nn.Module, sites: Sequence[Site], feed: Feed, batch: Batch, *
 class _Catch:
     """One forward being watched."""
 
-    def __init__(self, sites: Sequence[Site], padded: Padded, land: bool) -> None:
+    def __init__(self, sites: Sequence[Site], padded: Padded, land: bool, measure: bool) -> None:
         self.sites = sites
         self.padded = padded
         self.land = land
+        self.measure = measure
         self.calls = [0] * len(sites)
         self.rows: list[Tensor | None] = [None] * len(sites)
-        self.overflows: list[tuple[Site, Tensor]] = []
+        self.measured: list[Measured | None] = [None] * len(sites)
         self.waiting = len(sites)
         self.side: torch.cuda.Stream | None = None
 
@@ -148,19 +185,20 @@ class _Catch:
         if call != (site.tap.call or 0) % cast(int, site.calls):
             return
         value, _ = read(site.tap, held)
-        self.rows[place] = self._landed(self._cast(site, _rows(site, value, self.padded)))
+        self.rows[place] = self._kept(place, cast(Layout, site.layout), _rows(site, value, self.padded))
         self.waiting -= 1
         if self.waiting == 0:
             raise Stop
 
-    def _cast(self, site: Site, rows: Tensor) -> Tensor:
-        dtype = getattr(torch, cast(Layout, site.layout).dtype)
-        if rows.dtype == dtype:
-            return rows
-        narrow = rows.to(dtype)
-        if torch.finfo(dtype).max < torch.finfo(rows.dtype).max:
-            self.overflows.append((site, (rows.isfinite() & ~narrow.to(rows.dtype).isfinite()).sum()))
-        return narrow
+    def _kept(self, place: int, layout: Layout, computed: Tensor) -> Tensor:
+        """Rows in their storage type, measured if asked for, or if the cast could make them infinite, and landed."""
+        dtype = getattr(torch, layout.dtype)
+        rows = computed if computed.dtype == dtype else computed.to(dtype)
+        if dtype.is_floating_point and (self.measure or torch.finfo(dtype).max < torch.finfo(computed.dtype).max):
+            measured = measure(rows, computed, layout)
+            norms, figures = self._landed(measured.norms), self._landed(measured.figures)
+            self.measured[place] = replace(measured, norms=norms, figures=figures)
+        return self._landed(rows)
 
     def _landed(self, rows: Tensor) -> Tensor:
         if not self.land or rows.device.type == "cpu":
@@ -180,7 +218,8 @@ class _Catch:
         for site, rows in zip(self.sites, self.rows, strict=True):
             if rows is None:
                 raise DataError(f"{site.tap.name}: its module did not run in this forward, though it did in the probe")
-        return Captured(cast(list[Tensor], self.rows), self.overflows, self.side.record_event() if self.side else None)
+        ready = self.side.record_event() if self.side else None
+        return Captured(self.sites, self.padded, cast(list[Tensor], self.rows), self.measured, ready)
 
 
 _SIDES: dict[torch.device, "torch.cuda.Stream"] = {}

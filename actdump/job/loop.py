@@ -1,6 +1,7 @@
 """From a spec to a sealed dump: the loop that ties plan, engine and store together."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from actdump.job.provenance import circumstances, now
 from actdump.job.watching import Silent, Watcher
 from actdump.plan import Batch, Plan, batches, make
 from actdump.spec import Spec
+from actdump.statistics import Statistics, merged
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -199,15 +203,27 @@ def _write_parts(job: _Job, plan: Plan, bound: Bound) -> Outcome:
     with store.Pendings() as pendings, store.Writer() as writer:  # the writer ends before what it writes to is closed
         for part in waiting:
             shard = pendings.begin(folder, plan, part, store.part_tokens(folder, plan, part))
-            count = _capture_part(job, plan, bound, shard, writer)
-            writer.do(shard.seal, {**around, "batches": count, "finished": now()})
+            seen: Seen = {}
+            count = _capture_part(job, plan, bound, shard, writer, seen)
+            writer.do(_seal, shard, seen, {**around, "batches": count})
         writer.finish()
     made = {**around, "started": job.started, "finished": now(), "seconds": round(monotonic() - job.began, 3)}
     manifest = store.seal(folder, plan, made)
+    for name, statistics in manifest.statistics.items():
+        if statistics.nonfinite:
+            log.warning(
+                "%s: %d of %d values are NaN or infinite; the model itself made them so",
+                name,
+                statistics.nonfinite,
+                statistics.values,
+            )
     return Outcome("done", manifest, folder.manifest, monotonic() - job.began)
 
 
-def _capture_part(job: _Job, plan: Plan, bound: Bound, shard: store.Pending, writer: store.Writer) -> int:
+Seen = dict[str, list[Statistics]]  # for each floating point tap, the statistics of its batches so far
+
+
+def _capture_part(job: _Job, plan: Plan, bound: Bound, shard: store.Pending, writer: store.Writer, seen: Seen) -> int:
     """Capture a part batch by batch, and hand the rows to the writer; the number of batches."""
     import torch
 
@@ -219,8 +235,8 @@ def _capture_part(job: _Job, plan: Plan, bound: Bound, shard: store.Pending, wri
             _check_stop(job)
             numbers = tuple(shard.part.first + place for place in places)
             batch = Batch(numbers, tuple(shard.ids[place].tolist() for place in places))
-            captured = engine.capture(bound.module, bound.sites, bound.feed, batch)
-            writer.do(_put, shard, places, captured)
+            captured = engine.capture(bound.module, bound.sites, bound.feed, batch, measure=True)
+            writer.do(_put, job, shard, places, captured, seen)
             job.watcher.batch(len(places), sum(batch.lengths))
     return len(cut)
 
@@ -230,6 +246,22 @@ def _check_stop(job: _Job) -> None:
         raise Stopped(f"{job.folder.root}: stopped before the end; the same command goes on with it")
 
 
-def _put(shard: store.Pending, places: Sequence[int], captured: Any) -> None:
+def _put(job: _Job, shard: store.Pending, places: Sequence[int], captured: Any, seen: Seen) -> None:
+    """In the writer's thread: wait for the rows of a batch, look at them, and write them."""
     captured.wait()
+    for site, statistics in enumerate(captured.statistics()):
+        if statistics is None:
+            continue
+        name = shard.plan.columns[site].name
+        if statistics.nonfinite and job.spec.nonfinite == "error":
+            prompt = shard.part.first + places[captured.nonfinite(site)[0]]
+            raise DataError(
+                f"{name}: the model itself made {statistics.nonfinite} values NaN or infinite in one batch, some of them for prompt "
+                f"{prompt}; try another `model.dtype`, or keep them with `nonfinite: report`"
+            )
+        seen.setdefault(name, []).append(statistics)
     shard.put(places, captured.buffers())
+
+
+def _seal(shard: store.Pending, seen: Seen, written: Mapping[str, Any]) -> None:
+    shard.seal({name: merged(each) for name, each in seen.items()}, {**written, "finished": now()})

@@ -306,6 +306,9 @@ class Spec(_Strict):
     )
     batch: BatchSpec = BatchSpec()
     shard: ShardSpec = ShardSpec()
+    nonfinite: Literal["report", "error"] = Field(
+        "report", description="what to do about values that the model itself makes NaN or infinite"
+    )
     output: str | None = Field(None, description="the folder to write")
 
     _lines: dict[Where, str] = PrivateAttr(default_factory=dict)
@@ -317,7 +320,9 @@ class Spec(_Strict):
 
     def decisive(self) -> dict[str, Any]:
         """The part of the spec that decides the bytes, its local files apart (their contents count, not their names)."""
-        plain = self.model_dump(mode="json", exclude={"output": True, "model": {"device", "device_map"}}, exclude_defaults=True)
+        plain = self.model_dump(
+            mode="json", exclude={"output": True, "nonfinite": True, "model": {"device", "device_map"}}, exclude_defaults=True
+        )
         if self.model.folder is not None:
             plain["model"]["name" if self.model.name is not None else "config"] = LOCAL
         if self.prompts.file is not None:

@@ -24,6 +24,7 @@ from actdump.format import (
 )
 from actdump.inputs import sha256 as file_sha256
 from actdump.plan import Column, Part, Plan
+from actdump.statistics import Statistics, merged
 from actdump.store.files import flush_folder, storage, to_json, write, write_atomically
 from actdump.store.standing import done
 
@@ -100,8 +101,12 @@ class Pending:
         if taken != len(view):
             raise DataError(f"{column.name}: a batch gave {len(view)} bytes where {taken} were planned")
 
-    def seal(self, written: Mapping[str, Any]) -> Shard:
+    def seal(self, statistics: Mapping[str, Statistics], written: Mapping[str, Any]) -> Shard:
         """Flush, hash, rename, and write the record: the part is done.
+
+        Args:
+            statistics: what the values of each floating point tap look like.
+            written: who wrote it and how.
 
         Raises:
             DataError: rows of some prompts never came.
@@ -116,9 +121,8 @@ class Pending:
             flush_folder(self.final.parent)
         part = self.part
         rows = {column.name: int(offsets[-1]) for column, offsets in zip(self.plan.columns, self.offsets, strict=True)}
-        shard = Shard(
-            part.number, self.plan.digest, part.first, part.prompts, part.tokens, self.layout.size, digest, rows, written
-        )
+        place = part.number, self.plan.digest, part.first, part.prompts, part.tokens
+        shard = Shard(*place, self.layout.size, digest, rows, statistics, written)
         write_atomically(self.folder.record(part.number), to_json(shard_to_json(shard)))
         return shard
 
@@ -213,9 +217,11 @@ def seal(folder: Folder, plan: Plan, made: Mapping[str, Any]) -> Manifest:
     missing = [part.number for part, shard in zip(plan.parts, shards, strict=True) if shard is None]
     if missing:
         raise DataError(f"{folder.root}: parts {missing[:10]} are not done, so the dump cannot be sealed")
-    found = tuple(replace(shard, written={}) for shard in shards if shard is not None)
+    found = tuple(shard for shard in shards if shard is not None)
     size = sum(shard.bytes for shard in found)
-    manifest = Manifest(plan.digest, plan.columns, found, plan.prompts, plan.tokens, size, plan.facts, made)
+    statistics = {name: merged([shard.statistics[name] for shard in found]) for name in found[0].statistics}
+    bare = tuple(replace(shard, statistics={}, written={}) for shard in found)
+    manifest = Manifest(plan.digest, plan.columns, bare, plan.prompts, plan.tokens, size, statistics, plan.facts, made)
     write_atomically(folder.manifest, to_json(manifest_to_json(manifest)))
     folder.tokens.unlink(missing_ok=True)
     return manifest

@@ -1,0 +1,73 @@
+"""Statistics of a tap, streamed: what its stored values look like, batch by batch and shard by shard."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+POSITIONS = 8  # tokens at the beginning of a prompt whose norms are told apart: attention sinks stand there
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the values of a tap look like. Non-finite values are counted, and left out of all else.
+
+    Attributes:
+        rows: how many rows there are.
+        values: how many numbers these hold.
+        nonfinite: how many of the numbers are NaN or infinite.
+        mean, std: of all numbers (the population's standard deviation).
+        norm: the mean Euclidean norm of a row; `None` where a row is a bare element, because the value is stored flat.
+        largest: the largest absolute value.
+        rows_by_position, norm_by_position: the same for the rows of the prompts' tokens 0 to 7; empty where a row is no token.
+    """
+
+    rows: int
+    values: int
+    nonfinite: int
+    mean: float
+    std: float
+    norm: float | None
+    largest: float
+    rows_by_position: tuple[int, ...] = ()
+    norm_by_position: tuple[float, ...] = ()
+
+
+def merged(parts: Sequence[Statistics]) -> Statistics:
+    """The statistics of several batches or shards of one tap together."""
+    counts = [part.values - part.nonfinite for part in parts]
+    rows = [part.rows for part in parts]
+    mean = _weighed(counts, [part.mean for part in parts])
+    spread = _weighed(counts, [part.std**2 + (part.mean - mean) ** 2 for part in parts])
+    positions = range(max(len(part.rows_by_position) for part in parts))
+    each = [[_at(part.rows_by_position, place) for part in parts] for place in positions]
+    norms = [[_at(part.norm_by_position, place) for part in parts] for place in positions]
+    return Statistics(
+        rows=sum(rows),
+        values=sum(part.values for part in parts),
+        nonfinite=sum(part.nonfinite for part in parts),
+        mean=mean,
+        std=math.sqrt(spread),
+        norm=None if parts[0].norm is None else _weighed(rows, [part.norm or 0.0 for part in parts]),
+        largest=max(part.largest for part in parts),
+        rows_by_position=tuple(map(sum, each)),
+        norm_by_position=tuple(map(_weighed, each, norms)),
+    )
+
+
+def _weighed(weights: Sequence[float], values: Sequence[float]) -> float:
+    total = math.fsum(weights)
+    return math.fsum(weight * value for weight, value in zip(weights, values, strict=True)) / total if total else 0.0
+
+
+def _at(values: Sequence[Any], place: int) -> Any:
+    return values[place] if place < len(values) else 0
+
+
+def statistics_to_json(statistics: Mapping[str, Statistics]) -> dict[str, Any]:
+    return {name: asdict(each) for name, each in statistics.items()}
+
+
+def statistics_from_json(value: Mapping[str, Any]) -> dict[str, Statistics]:
+    lists = ("rows_by_position", "norm_by_position")
+    return {name: Statistics(**{**each, **{key: tuple(each[key]) for key in lists}}) for name, each in value.items()}
