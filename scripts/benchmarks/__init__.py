@@ -1,0 +1,1 @@
+"""What `scripts/bench` measures: actdump beside the fastest that could be, beside its peers, and beside its own goals."""
