@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from actdump.address import Slice
@@ -28,17 +29,17 @@ class Layout:
     dims: tuple[int | Slice, ...]
     dtype: str
 
-    @property
+    @cached_property
     def ragged(self) -> int:
         """How many axes depend on the number of tokens."""
         return sum(isinstance(dim, Slice) for dim in self.dims)
 
-    @property
+    @cached_property
     def flat(self) -> bool:
         """Whether values are stored as bare elements, because more than the leading axis is ragged."""
         return self.ragged > 1 or (self.ragged == 1 and not isinstance(self.dims[0], Slice))
 
-    @property
+    @cached_property
     def row(self) -> tuple[int, ...]:
         """The shape of one stored row: `(rows, *row)` is the shape of the tensor in a shard."""
         if self.flat:
@@ -55,7 +56,7 @@ class Layout:
             return math.prod(self.shape(tokens))
         return self.shape(tokens)[0] if self.ragged else 1
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """The size of one stored row."""
         return math.prod(self.row) * ITEM_BYTES[self.dtype]

@@ -185,23 +185,22 @@ class _Catch:
         if call != (site.tap.call or 0) % cast(int, site.calls):
             return
         value, _ = read(site.tap, held)
-        self.rows[place] = self._kept(place, cast(Layout, site.layout), _rows(site, value, self.padded))
+        self.rows[place] = self._kept(place, site, _rows(site, value, self.padded))
         self.waiting -= 1
         if self.waiting == 0:
             raise Stop
 
-    def _kept(self, place: int, layout: Layout, computed: Tensor) -> Tensor:
+    def _kept(self, place: int, site: Site, computed: Tensor) -> Tensor:
         """Rows in their storage type, measured if asked for, or if the cast could make them infinite, and landed."""
-        dtype = getattr(torch, layout.dtype)
-        rows = computed if computed.dtype == dtype else computed.to(dtype)
-        if dtype.is_floating_point and (self.measure or torch.finfo(dtype).max < torch.finfo(computed.dtype).max):
-            measured = measure(rows, computed, layout)
+        rows = computed.to(site.dtype)
+        if (self.measure and rows.is_floating_point()) or _narrower(rows, computed):
+            measured = measure(rows, computed, cast(Layout, site.layout))
             norms, figures = self._landed(measured.norms), self._landed(measured.figures)
             self.measured[place] = replace(measured, norms=norms, figures=figures)
         return self._landed(rows)
 
     def _landed(self, rows: Tensor) -> Tensor:
-        if not self.land or rows.device.type == "cpu":
+        if rows.is_cpu or not self.land:
             return rows
         if rows.device.type != "cuda":
             return rows.cpu()
@@ -220,6 +219,11 @@ class _Catch:
                 raise DataError(f"{site.tap.name}: its module did not run in this forward, though it did in the probe")
         ready = self.side.record_event() if self.side else None
         return Captured(self.sites, self.padded, cast(list[Tensor], self.rows), self.measured, ready)
+
+
+def _narrower(rows: Tensor, computed: Tensor) -> bool:
+    """Whether a cast could have made finite values infinite."""
+    return rows.dtype != computed.dtype and torch.finfo(rows.dtype).max < torch.finfo(computed.dtype).max
 
 
 _SIDES: dict[torch.device, "torch.cuda.Stream"] = {}

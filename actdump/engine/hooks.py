@@ -1,11 +1,12 @@
 """Hooks on sites, and how to read what a port held."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from actdump.address import Child, Index, Item, Key, Nth, Tap, written
 from actdump.engine.site import Site
@@ -22,13 +23,17 @@ class Unfit(Exception):
 @contextmanager
 def hooked(sites: Sequence[Site], seen: Callable[[int, Any], None]) -> Iterator[None]:
     """Call `seen(place, what the port holds)` whenever a site's module runs. Every hook comes off on every way out."""
-    with ExitStack() as stack:
+    handles: list[RemovableHandle] = []
+    try:
         for place, site in enumerate(sites):
-            stack.callback(_hook(site, partial(seen, place)).remove)
+            handles.append(_hook(site, partial(seen, place)))
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def _hook(site: Site, seen: Callable[[Any], None]) -> Any:
+def _hook(site: Site, seen: Callable[[Any], None]) -> RemovableHandle:
     port = site.tap.address.port
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import Parameter, signature
 from typing import Any, cast
 
@@ -61,7 +62,7 @@ class Site:
     form: str = ""
     layout: Layout | None = None
 
-    @property
+    @cached_property
     def selection(self) -> Selection:
         """Which tokens are kept; all of them where the value has no token axis."""
         return self.tap.tokens if self.tap.tokens is not None and self.token_axis is not None else "all"
@@ -72,12 +73,12 @@ class Site:
         places = self.selection if isinstance(self.selection, tuple) else ()
         return max([self.fewest, *(place + 1 if place >= 0 else -place for place in places)])
 
-    @property
+    @cached_property
     def token_axis(self) -> int | None:
         """The axis of a prompt's value that the token selection works on: the first with tokens (the query's, in attention)."""
         return next((place for place, dim in enumerate(self.shape) if isinstance(dim, Slice)), None)
 
-    @property
+    @cached_property
     def rowwise(self) -> bool:
         """Whether the tensor is rows of batch and token, in this order, so that one gather takes all that is kept."""
         if self.axes is None or self.index:
@@ -85,6 +86,12 @@ class Site:
         leading = [str(axis) for axis in self.axes if axis.batch or axis.token]
         count = len(leading)
         return leading in (["batch", "token"], ["batch*token"]) and [str(axis) for axis in self.axes[:count]] == leading
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The storage type. Needs a probed site."""
+        assert self.layout is not None
+        return cast(torch.dtype, getattr(torch, self.layout.dtype))
 
     @property
     def column(self) -> Column:
@@ -199,7 +206,7 @@ def shape_text(axes: Sequence[Axis]) -> str:
 
 
 def fits(site: Site, value: Tensor, shape: tuple[int, int]) -> bool:
-    return tuple(value.shape) == tuple(axis.size(*shape) for axis in site.axes or ())
+    return value.shape == tuple([axis.size(*shape) for axis in site.axes or ()])  # a list: it is quicker, in each hook
 
 
 def cut_out(value: Tensor, axes: Sequence[Axis], shape: tuple[int, int], row: int, length: int) -> Tensor:
