@@ -5,18 +5,26 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -25,6 +33,8 @@ from actdump.prompts import Prompt
 from actdump.spec import ModelSpec, TokenizerSpec
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CLASSES = {"causal-lm": AutoModelForCausalLM, "masked-lm": AutoModelForMaskedLM, "base": AutoModel}
 CHUNK = 1024  # prompts handed to the tokenizer at a time
@@ -277,22 +287,46 @@ def load_tokenizer(spec: TokenizerSpec, source: Source) -> Any | None:
 
 def tokenise(
     prompts: Iterable[Prompt], tokenizer: Any | None, spec: TokenizerSpec, source: Source
-) -> Iterator[tuple[Prompt, list[int]]]:
-    """The token ids of each prompt, in order.
+) -> Iterator[tuple[list[Prompt], list[list[int]]]]:
+    """Prompts in order, some at a time, with the token ids of each; the next ones are read and tokenised in a thread meanwhile.
 
     Raises:
         SpecError: a prompt is empty or too long, there is no tokenizer for its text, or an id is not in the vocabulary.
     """
+    return _ahead(_chunks(prompts, tokenizer, spec, source))
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, the next one made in a thread while this one is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="actdump-tokeniser") as thread:
+        waiting = thread.submit(next, items, None)
+        while (item := waiting.result()) is not None:
+            waiting = thread.submit(next, items, None)
+            yield item
+
+
+def _chunks(
+    prompts: Iterable[Prompt], tokenizer: Any | None, spec: TokenizerSpec, source: Source
+) -> Iterator[tuple[list[Prompt], list[list[int]]]]:
     limit = spec.max_length or _limit(tokenizer, source)
     vocabulary = getattr(source.config.get_text_config(), "vocab_size", None)
     waiting = iter(prompts)
     while chunk := list(islice(waiting, CHUNK)):
         texts = [prompt for prompt in chunk if isinstance(prompt.content, str)]
         encoded = iter(_encoded(texts, tokenizer, spec, limit))
-        for prompt in chunk:
-            ids = next(encoded) if isinstance(prompt.content, str) else _ids(prompt, tokenizer, spec, limit)
-            _check(prompt, ids, limit, vocabulary, spec)
-            yield prompt, ids
+        found = [next(encoded) if isinstance(prompt.content, str) else _ids(prompt, tokenizer, spec, limit) for prompt in chunk]
+        if not _fit(found, limit, vocabulary):
+            for prompt, ids in zip(chunk, found, strict=True):
+                _check(prompt, ids, limit, vocabulary, spec)
+        yield chunk, found
+
+
+def _fit(chunk: Sequence[Sequence[int]], limit: int | None, vocabulary: int | None) -> bool:
+    """Whether all prompts of a chunk have tokens, not too many, and of the vocabulary."""
+    lengths = list(map(len, chunk))
+    if min(lengths) == 0 or (limit is not None and max(lengths) > limit):
+        return False
+    return vocabulary is None or (min(map(min, chunk)) >= 0 and max(map(max, chunk)) < vocabulary)
 
 
 def _limit(tokenizer: Any | None, source: Source) -> int | None:
@@ -308,11 +342,27 @@ def _encoded(prompts: Sequence[Prompt], tokenizer: Any | None, spec: TokenizerSp
         raise SpecError(
             f"{prompts[0].where}: the model has no tokenizer, so text cannot become tokens; give `input_ids`, or `tokenizer: {{name: …}}`"
         )
-    options: dict[str, Any] = {"truncation": True, "max_length": limit} if spec.truncation and limit else {}
+    options: dict[str, Any] = {"add_special_tokens": spec.add_special_tokens}
+    if spec.truncation and limit:
+        options |= {"truncation": True, "max_length": limit}
+    texts = [prompt.content for prompt in prompts]
     with _quiet():
-        encoded = tokenizer([prompt.content for prompt in prompts], add_special_tokens=spec.add_special_tokens, **options)
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
+        ids: list[list[int]] = tokenizer(texts[:1], **options)["input_ids"]  # this also sets up the backend
+        if _is_plain(tokenizer):
+            encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts[1:], add_special_tokens=spec.add_special_tokens)
+            return ids + [encoding.ids for encoding in encodings]
+        return ids + tokenizer(texts[1:], **options)["input_ids"] if texts[1:] else ids
+
+
+def _is_plain(tokenizer: Any) -> bool:
+    """Whether the ids that a tokenizer gives are those of its backend, whose own batch call takes two thirds of the time.
+
+    They are where the class has the library's way from text to ids, which sets truncation and the like in the backend, and then
+    takes the ids as they come (`TokenizersBackend._encode_plus`).
+    """
+    ways = ("__call__", "_encode_plus", "_convert_encoding", "set_truncation_and_padding")
+    own, plain = type(tokenizer), PreTrainedTokenizerFast
+    return isinstance(tokenizer, plain) and all(getattr(own, way) is getattr(plain, way, None) for way in ways)
 
 
 def _ids(prompt: Prompt, tokenizer: Any | None, spec: TokenizerSpec, limit: int | None) -> list[int]:

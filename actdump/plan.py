@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from actdump.address import Slice
@@ -160,35 +161,31 @@ class Plan:
     def bytes(self) -> int:
         return sum(part.bytes for part in self.parts)
 
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """How many tokens the parts before each part have."""
+        return tuple(accumulate((part.tokens for part in self.parts), initial=0))
 
-class Cutter:
-    """Cuts prompts into parts as their lengths become known: consecutive prompts, up to a number of bytes and of tokens.
+
+def parts(columns: Sequence[Column], lengths: Sequence[int], *, most_bytes: int, most_tokens: int) -> tuple[Part, ...]:
+    """Cut prompts into parts: consecutive prompts, up to a number of bytes and of tokens.
 
     A prompt that alone passes a limit has a part of its own.
     """
-
-    def __init__(self, columns: Sequence[Column], *, most_bytes: int, most_tokens: int) -> None:
-        self._columns = columns
-        self._most = most_bytes, most_tokens
-        self._cost: dict[int, int] = {}
-        self._open = Part(0, 0, 0, 0, 0)
-        self._parts: list[Part] = []
-
-    def add(self, length: int) -> int:
-        """Take the next prompt, of that many tokens; the number of its part."""
-        if length not in self._cost:
-            self._cost[length] = prompt_bytes(self._columns, length)
-        part, cost = self._open, self._cost[length]
-        if part.prompts and (part.bytes + cost > self._most[0] or part.tokens + length > self._most[1]):
-            self._parts.append(part)
-            part = Part(part.number + 1, part.first + part.prompts, 0, 0, 0)
-        self._open = Part(part.number, part.first, part.prompts + 1, part.tokens + length, part.bytes + cost)
-        return part.number
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """All parts so far."""
-        return (*self._parts, self._open) if self._open.prompts else tuple(self._parts)
+    costs: dict[int, int] = {}
+    cut: list[Part] = []
+    first = tokens = size = 0
+    for number, length in enumerate(lengths):
+        if (cost := costs.get(length)) is None:
+            cost = costs[length] = prompt_bytes(columns, length)
+        if number > first and (size + cost > most_bytes or tokens + length > most_tokens):
+            cut.append(Part(len(cut), first, number - first, tokens, size))
+            first, tokens, size = number, 0, 0
+        tokens += length
+        size += cost
+    if first < len(lengths):
+        cut.append(Part(len(cut), first, len(lengths) - first, tokens, size))
+    return tuple(cut)
 
 
 def make(facts: Mapping[str, Any], columns: Sequence[Column], parts: Sequence[Part], budget: Budget) -> Plan:

@@ -2,12 +2,12 @@
 
 import json
 import sys
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -45,25 +45,29 @@ def read(spec: PromptsSpec, stdin: Path | None = None) -> Iterator[Prompt]:
         SpecError: a line is no prompt, or an id is given twice; the message names file and line.
     """
     ids = _Ids()
-    count = 0
+    number = -1
     for number, (row, where) in enumerate(islice(_rows(spec, stdin), spec.limit)):
-        count += 1
-        if row.id == "":
-            raise SpecError(f"{where}: the id is empty")
-        content = row.text or row.messages or row.input_ids
-        assert content is not None
-        own_id = None if row.id is None else str(row.id)
-        yield Prompt(number, ids.take(number, own_id, where), content, row.model_extra or {}, where)
-    if count == 0:
+        yield Prompt(number, ids.take(number, row.id, where), row.content, row.fields, where)
+    if number < 0:
         raise SpecError(f"{'standard input' if spec.file == '-' else spec.file}: there are no prompts in it")
 
 
-def _rows(spec: PromptsSpec, stdin: Path | None) -> Iterator[tuple[Row, str]]:
+class _Found(NamedTuple):
+    """A row that was checked."""
+
+    id: str | None
+    content: str | list[dict[str, Any]] | list[int]
+    fields: Mapping[str, Any]
+
+
+def _rows(spec: PromptsSpec, stdin: Path | None) -> Iterator[tuple[_Found, str]]:
     if spec.rows is not None:
-        yield from ((row, f"prompts[{place}]") for place, row in enumerate(spec.rows))
+        for number, row in enumerate(spec.rows):
+            where = f"prompts[{number}]"
+            yield _found(row, where), where
         return
     for line, where in _lines(str(spec.file), stdin):
-        yield (_json_row(line, where, spec) if spec.kind == "jsonl" else _checked({"text": line}, where)), where
+        yield (_json_row(line, where, spec) if spec.kind == "jsonl" else _text_row(line, where)), where
 
 
 def _lines(name: str, stdin: Path | None) -> Iterator[tuple[str, str]]:
@@ -90,7 +94,11 @@ def _decoded(file: Any, name: str) -> Iterator[tuple[str, str]]:
             raise SpecError(f"{name}:{number}: not UTF-8 text: {error.reason} at byte {error.start} of the line") from None
 
 
-def _json_row(line: str, where: str, spec: PromptsSpec) -> Row:
+def _text_row(line: str, where: str) -> _Found:
+    return _Found(None, line, {}) if line.strip() else _checked({"text": line}, where)
+
+
+def _json_row(line: str, where: str, spec: PromptsSpec) -> _Found:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
@@ -106,7 +114,29 @@ def _json_row(line: str, where: str, spec: PromptsSpec) -> Row:
         if spec.id not in value:
             raise SpecError(f"{where}: there is no field `{spec.id}`, which `prompts.id` names")
         value = {"id": value[spec.id], **{key: entry for key, entry in value.items() if key not in (spec.id, "id")}}
-    return _checked(value, where)
+    return _plain(value) if _is_plain(value, line) else _checked(value, where)
+
+
+def _is_plain(value: Mapping[str, Any], line: str) -> bool:
+    """Whether a row is text with an id or none, as most are, so that the model of a row would find nothing wrong with it.
+
+    An escaped half of a character (`\\ud83d`) can stand alone, and is no text then; the model knows.
+    """
+    text, id = value.get("text"), value.get("id")
+    return (
+        type(text) is str
+        and bool(text.strip())
+        and (id is None or type(id) is int or (type(id) is str and id != ""))
+        and "messages" not in value
+        and "input_ids" not in value
+        and "\\ud" not in line
+        and "\\uD" not in line
+    )
+
+
+def _plain(value: dict[str, Any]) -> _Found:
+    text, id = value.pop("text"), value.pop("id", None)
+    return _Found(None if id is None else str(id), text, value)
 
 
 def _renamed_text(value: dict[str, Any], where: str, name: str) -> dict[str, Any]:
@@ -123,34 +153,74 @@ def _renamed_text(value: dict[str, Any], where: str, name: str) -> dict[str, Any
     return {kind: content, **rest}
 
 
-def _checked(value: dict[str, Any], where: str) -> Row:
+def _checked(value: dict[str, Any], where: str) -> _Found:
     try:
-        return Row.model_validate(value)
+        return _found(Row.model_validate(value), where)
     except ValidationError as error:
         first = error.errors()[0]
         raise SpecError(f"{where}: {said(first, first['loc'])}") from None
 
 
-@dataclass
-class _Ids:
-    """The ids so far, as 8-byte hashes, and only where a user gave one, so that millions of them fit in memory."""
+def _found(row: Row, where: str) -> _Found:
+    if row.id == "":
+        raise SpecError(f"{where}: the id is empty")
+    content = row.text or row.messages or row.input_ids
+    assert content is not None
+    return _Found(None if row.id is None else str(row.id), content, row.model_extra or {})
 
-    seen: set[int] | None = None
+
+class _Ids:
+    """The ids so far, kept only where a user gave one, as 64-bit hashes in an open table, so that many millions fit in memory."""
+
+    def __init__(self) -> None:
+        self._table: array[int] | None = None
+        self._count = 0
 
     def take(self, number: int, own_id: str | None, where: str) -> str:
         """The id of a prompt; its number where the user gave none."""
-        if own_id is not None and self.seen is None:
-            self.seen = {_hash(str(earlier)) for earlier in range(number)}
+        if own_id is None and self._table is None:
+            return str(number)
+        if self._table is None:
+            self._table = _empty(1024)
+            for earlier in range(number):
+                self._is_new(str(earlier))
         id = str(number) if own_id is None else own_id
-        if self.seen is not None:
-            key = _hash(id)
-            if key in self.seen:
-                raise SpecError(
-                    f"{where}: the id `{id}` is given twice; ids must differ (a prompt without an id has its number as id)"
-                )
-            self.seen.add(key)
+        if not self._is_new(id):
+            raise SpecError(
+                f"{where}: the id `{id}` is given twice; ids must differ (a prompt without an id has its number as id)"
+            )
         return id
 
+    def _is_new(self, id: str) -> bool:
+        """Whether an id was not there; it is from now on."""
+        table = self._table
+        assert table is not None
+        key = hash(id) or 1  # 0 stands for an empty slot
+        if (slot := _slot(table, key)) is None:
+            return False
+        table[slot] = key
+        self._count += 1
+        if 2 * self._count > len(table):
+            self._grow(table)
+        return True
 
-def _hash(id: str) -> int:
-    return int.from_bytes(blake2b(id.encode(), digest_size=8).digest(), "big")
+    def _grow(self, table: "array[int]") -> None:
+        self._table = larger = _empty(2 * len(table))
+        for key in table:
+            if key and (slot := _slot(larger, key)) is not None:
+                larger[slot] = key
+
+
+def _empty(size: int) -> "array[int]":
+    return array("q", bytes(8 * size))
+
+
+def _slot(table: "array[int]", key: int) -> int | None:
+    """The empty slot for a hash; `None` where the hash is there already."""
+    mask = len(table) - 1  # the length is a power of two
+    slot = key & mask
+    while held := table[slot]:
+        if held == key:
+            return None
+        slot = (slot + 1) & mask
+    return slot

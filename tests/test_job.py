@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import actdump
 from actdump import job, store
-from actdump.errors import ActdumpError, DataError, OccupiedError, Stopped
+from actdump.errors import ActdumpError, DataError, OccupiedError, Stopped, UsageError
 from actdump.spec import Spec, load
 
 CONFIG = {
@@ -263,8 +263,9 @@ def stop_after(batches, root):
     return lambda: (root / "plan.json").exists() and next(asked, None) is None
 
 
-def test_a_run_stopped_while_tokenising_leaves_nothing_and_goes_on(tmp_path):
-    asked = iter(range(5))
+@pytest.mark.parametrize("answers", [0, 1])  # asked with each chunk of prompts, and when the model is loaded
+def test_a_run_stopped_before_its_plan_leaves_nothing_and_goes_on(answers, tmp_path):
+    asked = iter(range(answers))
     with pytest.raises(Stopped, match="goes on"):
         job.run(make_spec(30), tmp_path / "out", stopping=lambda: next(asked, None) is None)
     assert list((tmp_path / "out").rglob("*")) == []
@@ -456,10 +457,12 @@ for count in (2_000, 200_000):
         for number in range(count):
             print(json.dumps({"id": f"prompt {number}", "input_ids": list(range(1, 2 + number % 8)), "label": "x" * 50}), file=file)
     given = spec.PromptsSpec(file=str(place / "in.jsonl"))
-    with store.Intake(Folder(place), plan.Cutter([column], most_bytes=10**9, most_tokens=262_144)) as intake:
-        for prompt, ids in model.tokenise(prompts.read(given), None, spec.TokenizerSpec(), source):
-            intake.add(prompt.number, prompt.id, ids, {}, prompt.fields)
-        made = plan.make({}, [column], intake.cutter.parts, plan.Budget(512))
+    with store.Intake(Folder(place)) as intake:
+        for given_prompts, ids in model.tokenise(prompts.read(given), None, spec.TokenizerSpec(), source):
+            intake.add(given_prompts, ids)
+        parts = plan.parts([column], intake.lengths, most_bytes=10**9, most_tokens=262_144)
+        intake.place(parts)
+        made = plan.make({}, [column], parts, plan.Budget(512))
         intake.commit(made, {}, plan_to_json)
     assert made.prompts == count
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -469,7 +472,7 @@ for count in (2_000, 200_000):
 def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path):
     answer = subprocess.run([sys.executable, "-c", TAKE_IN, tmp_path], capture_output=True, text=True, check=True)
     few, many = map(int, answer.stdout.split())
-    assert many - few < 100_000, "kilobytes more at the peak for a hundred times as many prompts"
+    assert many - few < 25_000, "kilobytes more at the peak for a hundred times as many prompts"
     assert (tmp_path / "200000/prompts.jsonl").read_bytes().count(b"\n") == 200_000
 
 
@@ -485,6 +488,25 @@ def test_a_run_holds_no_more_batches_than_the_writer_lets_wait(tmp_path, monkeyp
     job.run(make_spec(60, batch={"tokens": 20}), tmp_path / "out")
     assert len(waiting) > 20
     assert max(waiting) <= store.AHEAD
+
+
+def test_mistakes_in_prompts_are_found_before_the_weights_are_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("actdump.model.load", lambda source: pytest.fail("the weights were loaded"))
+    for wrong, message in (([1, 99], "token id 99"), ([1] * 40, "has 40 tokens")):
+        spec = make_spec(prompts=[*prompts(5), {"input_ids": wrong}])
+        with pytest.raises(ActdumpError, match=message):
+            job.run(spec, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_folder(tmp_path, monkeypatch):
+    def load(source):
+        raise UsageError("no such device")
+
+    monkeypatch.setattr("actdump.model.load", load)
+    with pytest.raises(UsageError, match="no such device"):
+        job.run(make_spec(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_prompts_that_are_refused_leave_no_folder(tmp_path):

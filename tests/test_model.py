@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +43,7 @@ def source() -> model.Source:
 
 def ids(prompts, source: model.Source, words: Path | None = None, **options) -> list[list[int]]:
     spec = TokenizerSpec(name=None if words is None else str(words), **options)
-    return [found for _, found in model.tokenise(prompts, model.load_tokenizer(spec, source), spec, source)]
+    return [each for _, found in model.tokenise(prompts, model.load_tokenizer(spec, source), spec, source) for each in found]
 
 
 # ------------------------------------------------------------------------------------------------------------------------ models
@@ -129,6 +131,62 @@ def test_text_and_ids_may_be_mixed_and_keep_their_order(source: model.Source, wo
     assert ids(prompts, source, words) == [[1, 2], [7, 8, 9], [4, 5, 6]]
 
 
+TEXTS = [
+    "the tower", " leading, and trailing  \n", "x", "Ünïcödé 漢字 😀 ‍ \u0301", "<|im_start|>user [CLS] [SEP] </s>", "a\x00b\tc",
+    "the " * 300, "1234567890" * 9, "don't-stop::e\u0301 é", "a\u200bb", "def f(x):\n\treturn x ** 2  # " + "=" * 40,
+]  # fmt: skip
+
+
+def needed(name: str) -> Path:
+    folder = Path(__file__).parents[1] / "models" / name
+    if not (folder / "tokenizer.json").is_file():
+        reason = f"models/{name} is not there; scripts/fetch_model brings it"
+        if os.environ.get("ACTDUMP_REQUIRE_ALL") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["words", "SmolLM2-135M-Instruct", "all-MiniLM-L6-v2"])
+@pytest.mark.parametrize("options", [{}, {"add_special_tokens": False}, {"truncation": True, "max_length": 7}], ids=str)
+def test_the_ids_are_those_of_the_tokenizers_own_call(name: str, options: dict, words: Path, source: model.Source) -> None:
+    """Twice over, so that settings left behind in the backend by another call would show."""
+    folder = words if name == "words" else needed(name)
+    spec = TokenizerSpec(name=str(folder), **{"max_length": 10**6, **options})
+    wide = replace(source, config=GPT2Config(vocab_size=10**6, n_positions=10**6))
+    tokenizer = model.load_tokenizer(spec, source)
+    given = [prompt(text, number) for number, text in enumerate(TEXTS * 200)]
+    for _ in range(2):
+        found = [ids for _, chunk in model.tokenise(given, tokenizer, spec, wide) for ids in chunk]
+        assert found == [tokenizer(each.content, **options)["input_ids"] for each in given]
+        tokenizer(["the", "the tower is"], padding=tokenizer.pad_token is not None, truncation=True, max_length=2)
+
+
+def test_a_tokenizer_with_a_way_of_its_own_is_called(words: Path, source: model.Source) -> None:
+    class Own(PreTrainedTokenizerFast):
+        def _encode_plus(self, text, **options):
+            found = super()._encode_plus(text, **options)
+            found["input_ids"] = [[9, *ids] for ids in found["input_ids"]]
+            return found
+
+    tokenizer = Own.from_pretrained(words)
+    given = [prompt("the tower"), prompt("in a city", 1), prompt("the", 2)]
+    ((_, found),) = model.tokenise(given, tokenizer, TokenizerSpec(), source)
+    assert found == [[9, 1, 2], [9, 4, 5, 6], [9, 1]]
+
+
+def test_mistakes_come_in_the_order_of_the_prompts(source: model.Source) -> None:
+    """Though the chunk after a mistake may have been read already."""
+
+    def read():
+        yield from (prompt([1], number) for number in range(model.CHUNK - 1))
+        yield prompt([100], model.CHUNK - 1)
+        raise AssertionError("the line after")
+
+    with pytest.raises(SpecError, match=rf"prompts\[{model.CHUNK - 1}\]: .* token id 100"):
+        list(model.tokenise(read(), None, TokenizerSpec(), source))
+
+
 def test_a_folder_of_a_model_brings_its_tokenizer(tmp_path: Path, words: Path) -> None:
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=100)).save_pretrained(words)
     assert ids([prompt("the tower")], model.find(ModelSpec(name=str(words)))) == [[1, 2]]
@@ -180,8 +238,10 @@ def test_an_unlimited_reader_is_read_piece_by_piece(source: model.Source) -> Non
             yield prompt([1, 2], taken)
 
     spec = TokenizerSpec()
-    assert next(model.tokenise(endless(), None, spec, source))[1] == [1, 2]
-    assert taken <= model.CHUNK
+    tokenised = model.tokenise(endless(), None, spec, source)
+    assert next(tokenised)[1] == [[1, 2]] * model.CHUNK
+    tokenised.close()
+    assert taken <= 2 * model.CHUNK
 
 
 def test_a_token_outside_the_vocabulary(source: model.Source) -> None:

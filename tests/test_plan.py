@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actdump.address import Slice
-from actdump.plan import Batch, Budget, Column, Cutter, Layout, Part, batches, digest, make, padded, prompt_bytes
+from actdump.plan import Batch, Budget, Column, Layout, Part, batches, digest, make, padded, parts, prompt_bytes
 
 ROWS = Layout((Slice(), 8), "float32")
 COLUMN = Column("x", "h[-1].output", "h[1].output", "Block", "tensor", "all", None, ("batch", "token", "8"), ROWS)
@@ -62,12 +62,11 @@ def test_padded_counts_the_padding():
 
 @given(lengths, st.integers(1, 3000), st.integers(1, 100))
 def test_parts_are_consecutive_and_under_the_limits(lengths, most_bytes, most_tokens):
-    cutter = Cutter([COLUMN], most_bytes=most_bytes, most_tokens=most_tokens)
-    placed = [cutter.add(length) for length in lengths]
-    held = [lengths[part.first : part.first + part.prompts] for part in cutter.parts]
+    cut = parts([COLUMN], lengths, most_bytes=most_bytes, most_tokens=most_tokens)
+    held = [lengths[part.first : part.first + part.prompts] for part in cut]
     assert [length for part in held for length in part] == lengths
-    assert placed == [number for number, part in enumerate(held) for _ in part]
-    for part, inside in zip(cutter.parts, held, strict=True):
+    assert [part.number for part in cut] == list(range(len(cut)))
+    for part, inside in zip(cut, held, strict=True):
         assert (part.tokens, part.bytes) == (sum(inside), sum(prompt_bytes([COLUMN], length) for length in inside))
         assert part.prompts == 1 or (part.bytes <= most_bytes and part.tokens <= most_tokens)
     for inside, after in pairwise(held):  # a part ends only where the next prompt would not fit
@@ -76,7 +75,7 @@ def test_parts_are_consecutive_and_under_the_limits(lengths, most_bytes, most_to
 
 
 def test_no_prompts_make_no_parts():
-    assert Cutter([COLUMN], most_bytes=1, most_tokens=1).parts == ()
+    assert parts([COLUMN], [], most_bytes=1, most_tokens=1) == ()
 
 
 def planned(*, facts=None, column=COLUMN, parts=PARTS, budget=Budget(512)):  # noqa: B008 (frozen)
@@ -117,5 +116,6 @@ def test_the_digest_stays_with_what_does_not(change):
 def test_totals_are_those_of_the_parts():
     plan = planned()
     assert (plan.prompts, plan.tokens, plan.bytes) == (4, 16, 1332)
+    assert plan.starts == (0, 12, 16)
     assert Batch((7, 2), ([1, 2, 3], [4])).lengths == (3, 1)
     assert digest([1]) == "080a9ed428559ef602668b4c00f114f1a11c3f6b02a435f0bdc154578e4d7f22"

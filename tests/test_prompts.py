@@ -9,10 +9,13 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from actdump.errors import MissingError, SpecError
 from actdump.prompts import Prompt, read
-from actdump.spec import PromptsSpec
+from actdump.spec import PromptsSpec, Row
 
 
 def rows(*values: object, **options) -> list[Prompt]:
@@ -129,6 +132,42 @@ def test_ids_must_differ() -> None:
         rows("x", {"id": 0, "text": "y"})
     with pytest.raises(SpecError, match=r"prompts\[1\]: the id `1` is given twice"):
         rows({"id": 1, "text": "x"}, "y")
+
+
+def test_many_ids_are_told_apart_and_a_late_double_is_found(tmp_path: Path) -> None:
+    lines = [json.dumps({"id": f"p{number}", "text": "x"}) for number in range(5000)]
+    assert [prompt.id for prompt in from_file(tmp_path / "p.jsonl", "\n".join(lines))] == [f"p{n}" for n in range(5000)]
+    for double in ("p0", "p2500", "p4999"):
+        with pytest.raises(SpecError, match=rf"p\.jsonl:5001: the id `{double}` is given twice"):
+            from_file(tmp_path / "p.jsonl", "\n".join([*lines, json.dumps({"id": double, "text": "y"})]))
+
+
+VALUES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 2)
+    | st.floats(allow_nan=False)
+    | st.sampled_from(["", " ", "a", "é\u2028", "😀", "\ud83d"])
+)
+CONTENTS = VALUES | st.lists(st.integers(0, 3), max_size=2) | st.just([{"role": "user", "content": "x"}])
+
+
+@given(st.dictionaries(st.sampled_from(["text", "id", "messages", "input_ids", "label"]), CONTENTS), st.booleans())
+def test_a_line_is_taken_or_refused_as_the_model_of_a_row_says(tmp_path_factory, value: dict, ascii_only: bool) -> None:
+    path = tmp_path_factory.getbasetemp() / "line.jsonl"
+    path.write_bytes(json.dumps(value, ensure_ascii=ascii_only).encode(errors="surrogatepass" if ascii_only else "replace"))
+    value = json.loads(path.read_text())
+    try:
+        row = Row.model_validate(value)
+    except ValidationError:
+        row = None
+    if row is None or row.id == "":
+        with pytest.raises(SpecError, match=r"line\.jsonl:1: "):
+            list(read(PromptsSpec(file=str(path))))
+        return
+    (found,) = read(PromptsSpec(file=str(path)))
+    assert (found.id, found.content) == ("0" if row.id is None else str(row.id), row.text or row.messages or row.input_ids)
+    assert found.fields == row.model_extra
 
 
 def test_same_text_twice_is_two_prompts() -> None:

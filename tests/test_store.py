@@ -1,5 +1,6 @@
 """The store: files that are whole or not there at all, and shards that are plain safetensors files."""
 
+import hashlib
 import json
 import os
 import stat
@@ -13,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from actdump import store
-from actdump.errors import DataError, OccupiedError, StorageError
+from actdump.errors import DataError, OccupiedError, SpecError, StorageError
 from actdump.format import Folder, plan_from_json, plan_to_json, temporary
-from actdump.plan import Budget, Column, Cutter, Layout, Slice, make
+from actdump.plan import Budget, Column, Layout, Slice, make, parts
+from actdump.prompts import Prompt
 
 LENGTHS = (3, 1, 4, 2)
 IDS = [np.arange(length, dtype=np.int32) + 10 * place for place, length in enumerate(LENGTHS)]
@@ -58,12 +60,18 @@ def folder(request, tmp_path):
     return Folder(root)
 
 
+def prompt(number, content, fields=None):
+    return Prompt(number, f"p{number}", content, fields or {}, f"prompts[{number}]")
+
+
 def take_in(folder, most_tokens=100):
     """A plan of the four prompts, with their tokens spooled."""
-    with store.Intake(folder, Cutter(COLUMNS, most_bytes=10**6, most_tokens=most_tokens)) as intake:
+    with store.Intake(folder) as intake:
         for number, ids in enumerate(IDS):
-            intake.add(number, f"p{number}", ids.tolist(), {"text": "ü"}, {"label": number} if number else {})
-        plan = make(intake.facts, COLUMNS, intake.cutter.parts, Budget(8))
+            intake.add([prompt(number, "ü\t", {"label": number} if number else {})], [ids.tolist()])
+        cut = parts(COLUMNS, intake.lengths, most_bytes=10**6, most_tokens=most_tokens)
+        intake.place(cut)
+        plan = make(intake.facts, COLUMNS, cut, Budget(8))
         intake.commit(plan, {"prompts": [1, 2]}, plan_to_json)
     return plan
 
@@ -272,14 +280,37 @@ def test_the_spooled_tokens_come_back_part_by_part(folder):
     assert loaded == plan == plan_from_json(json.loads(folder.plan.read_text()))
     assert stamps == {"prompts": [1, 2]}
     lines = [json.loads(line) for line in folder.prompts.read_text().splitlines()]
-    assert lines[2] == {"number": 2, "id": "p2", "tokens": 4, "shard": 1, "text": "ü", "fields": {"label": 2}}
+    assert lines[2] == {"number": 2, "id": "p2", "tokens": 4, "shard": 1, "text": "ü\t", "fields": {"label": 2}}
     os.truncate(folder.tokens, 8)
     assert not store.has_tokens(folder, plan)
 
 
+def test_a_line_holds_what_the_user_gave_and_token_ids_stand_in_the_shard(folder):
+    messages = [{"role": "user", "content": 'a "b"\n'}]
+    given = [prompt(0, messages), prompt(1, [1, 2], {"source": {"deep": [None, 0.5]}}), prompt(2, "c")]
+    with store.Intake(folder) as intake:
+        intake.add(given, [[1], [1, 2], [3]])
+        intake.place(parts(COLUMNS, intake.lengths, most_bytes=10**6, most_tokens=2))
+        intake.commit(None, {}, plan_to_json)
+    assert list(map(json.loads, folder.prompts.read_text().splitlines())) == [
+        {"number": 0, "id": "p0", "tokens": 1, "shard": 0, "messages": messages},
+        {"number": 1, "id": "p1", "tokens": 2, "shard": 1, "fields": {"source": {"deep": [None, 0.5]}}},
+        {"number": 2, "id": "p2", "tokens": 1, "shard": 2, "text": "c"},
+    ]
+    assert intake.facts["prompts"] == {
+        "bytes": folder.prompts.stat().st_size,
+        "sha256": hashlib.sha256(folder.prompts.read_bytes()).hexdigest(),
+    }
+
+
+def test_half_a_character_is_refused_with_its_place(folder):
+    with pytest.raises(SpecError, match=r"prompts\[1\]: .*lone surrogate"), store.Intake(folder) as intake:
+        intake.add([prompt(0, "a"), prompt(1, "b", {"label": "\ud83d"})], [[1], [2]])
+
+
 def test_an_intake_that_is_broken_off_leaves_nothing(folder):
-    with pytest.raises(KeyboardInterrupt), store.Intake(folder, Cutter(COLUMNS, most_bytes=1, most_tokens=1)) as intake:
-        intake.add(0, "a", [1, 2], {}, {})
+    with pytest.raises(KeyboardInterrupt), store.Intake(folder) as intake:
+        intake.add([prompt(0, "a")], [[1, 2]])
         assert names(folder) != []
         raise KeyboardInterrupt
     assert names(folder) == []

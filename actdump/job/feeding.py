@@ -2,16 +2,20 @@
 
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actdump import prompts
 from actdump.errors import SpecError
 from actdump.job.bound import Bound
-from actdump.plan import Cutter
+from actdump.plan import Part, parts
 from actdump.spec import Spec
+
+if TYPE_CHECKING:
+    from actdump.model import Source
 
 
 @contextmanager
@@ -28,31 +32,35 @@ def standard_input(spec: Spec) -> Iterator[Path | None]:
         yield path
 
 
-def cutter_for(spec: Spec, bound: Bound) -> Cutter:
-    return Cutter(bound.columns, most_bytes=spec.shard.size, most_tokens=spec.shard.tokens)
-
-
-def tokenised(spec: Spec, bound: Bound, stdin: Path | None) -> Iterator[tuple[prompts.Prompt, list[int]]]:
+def tokenised(
+    spec: Spec, source: "Source", tokenizer: Any | None, stdin: Path | None
+) -> Iterator[tuple[list[prompts.Prompt], list[list[int]]]]:
+    """The spec's prompts in order, some at a time, with the token ids of each."""
     from actdump import model
 
-    tokenizer = model.load_tokenizer(spec.tokenizer, bound.source) if _needs_tokenizer(spec) else None
-    for prompt, ids in model.tokenise(prompts.read(spec.prompts, stdin), tokenizer, spec.tokenizer, bound.source):
-        if len(ids) < bound.least:
-            site = max(bound.sites, key=lambda site: site.least)
-            raise SpecError(
-                f"{prompt.where}: prompt `{prompt.id}` has {len(ids)} tokens, and `{site.tap.name}` asks for a position that needs "
-                f"{site.least}; use a slice, which takes what is there"
-            )
-        yield prompt, ids
+    return model.tokenise(prompts.read(spec.prompts, stdin), tokenizer, spec.tokenizer, source)
 
 
-def _needs_tokenizer(spec: Spec) -> bool:
-    return spec.prompts.rows is None or any(row.input_ids is None for row in spec.prompts.rows)
+def tokenizer_for(spec: Spec, source: "Source") -> Any | None:
+    """The tokenizer; `None` where no prompt needs one, or the model has none."""
+    from actdump import model
+
+    needed = spec.prompts.rows is None or any(row.input_ids is None for row in spec.prompts.rows)
+    return model.load_tokenizer(spec.tokenizer, source) if needed else None
 
 
-def content_of(prompt: prompts.Prompt) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """What the user gave, for prompts.jsonl; token ids stand in the shard."""
-    content = prompt.content
-    if isinstance(content, str):
-        return {"text": content}, prompt.fields
-    return ({} if isinstance(content[0], int) else {"messages": content}), prompt.fields
+def cut(spec: Spec, bound: Bound, lengths: Sequence[int], stdin: Path | None) -> tuple[Part, ...]:
+    """The parts of the spec's prompts, which have these numbers of tokens.
+
+    Raises:
+        SpecError: a prompt has too few tokens for a position that a tap asks for.
+    """
+    if min(lengths) < bound.least:
+        number = next(number for number, length in enumerate(lengths) if length < bound.least)
+        prompt = next(islice(prompts.read(spec.prompts, stdin), number, None))
+        site = max(bound.sites, key=lambda site: site.least)
+        raise SpecError(
+            f"{prompt.where}: prompt `{prompt.id}` has {lengths[number]} tokens, and `{site.tap.name}` asks for a position that "
+            f"needs {site.least}; use a slice, which takes what is there"
+        )
+    return parts(bound.columns, lengths, most_bytes=spec.shard.size, most_tokens=spec.shard.tokens)

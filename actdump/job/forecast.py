@@ -1,5 +1,6 @@
 """What a run would do, without doing it."""
 
+from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from actdump import inputs, store
 from actdump.format import shard_layout
 from actdump.job.bound import Bound, auto_tokens, budget_for, survey
-from actdump.job.feeding import cutter_for, standard_input, tokenised
+from actdump.job.feeding import cut, standard_input, tokenised, tokenizer_for
 from actdump.job.watching import Silent, Watcher
 from actdump.plan import Budget, Plan, batches, make, padded
 from actdump.spec import Spec
@@ -39,18 +40,22 @@ def forecast(spec: Spec, watcher: Watcher | None = None) -> Forecast:
     watcher = watcher or Silent()
     watcher.step("reading the model's config")
     bound, weighed = survey(spec, watcher=watcher)
-    cutter = cutter_for(spec, bound)
     budget = (
         budget_for(spec, bound) if spec.batch.tokens != "auto" or weighed else Budget(auto_tokens(spec), spec.batch.prompts)
     )
     watcher.step("tokenising")
-    lengths: dict[int, list[int]] = {}
+    lengths = array("i")
     with standard_input(spec) as stdin:
         inputs.of(spec, stdin).stamps()
-        for _, ids in tokenised(spec, bound, stdin):
-            lengths.setdefault(cutter.add(len(ids)), []).append(len(ids))
-    cuts = [(part, batches(part, budget)) for part in lengths.values()]
-    plan = make({}, bound.columns, cutter.parts, budget)
-    size = sum(shard_layout(bound.columns, lengths[part.number], store.metadata(plan, part)).size for part in plan.parts)
-    counts = Counter(length for part in lengths.values() for length in part)
-    return Forecast(bound, weighed, plan, counts, sum(padded(*cut) for cut in cuts), sum(len(cut) for _, cut in cuts), size)
+        for _, ids in tokenised(spec, bound.source, tokenizer_for(spec, bound.source), stdin):
+            lengths.extend(map(len, ids))
+        plan = make({}, bound.columns, cut(spec, bound, lengths, stdin), budget)
+    inside = [lengths[part.first : part.first + part.prompts] for part in plan.parts]
+    cuts = [(part, batches(part, budget)) for part in inside]
+    size = sum(
+        shard_layout(bound.columns, each, store.metadata(plan, part)).size
+        for part, each in zip(plan.parts, inside, strict=True)
+    )
+    return Forecast(
+        bound, weighed, plan, Counter(lengths), sum(padded(*cut) for cut in cuts), sum(len(cut) for _, cut in cuts), size
+    )

@@ -3,17 +3,17 @@
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from actdump import inputs, store
 from actdump.errors import DataError, OccupiedError, Stopped
 from actdump.format import Folder, Manifest, manifest_from_json, plan_to_json
-from actdump.job.bound import Bound, bind, budget_for
-from actdump.job.feeding import content_of, cutter_for, standard_input, tokenised
+from actdump.job.bound import Bound, bind, bind_early, budget_for
+from actdump.job.feeding import cut, standard_input, tokenised, tokenizer_for
 from actdump.job.provenance import circumstances, now
 from actdump.job.watching import Silent, Watcher
 from actdump.plan import Batch, Plan, batches, make
@@ -21,6 +21,9 @@ from actdump.spec import Spec
 from actdump.statistics import Statistics, merged
 
 log = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from actdump.model import Source
 
 
 @dataclass(frozen=True)
@@ -125,24 +128,18 @@ class _Job:
 
 
 def _go_on(job: _Job, sources: inputs.Inputs, found: Plan | None, stdin: Path | None) -> Outcome:
-    from actdump import engine, model
+    """Make what is missing. Mistakes in addresses and prompts are found before the weights are loaded."""
+    from actdump import model
 
-    spec, watcher = job.spec, job.watcher
-    watcher.step("reading the model's config")
+    job.watcher.step("reading the model's config")
     with ThreadPoolExecutor(1) as aside:
         hashes = aside.submit(sources.hashes)
-        source = model.find(spec.model)
-        engine.bind(
-            model.skeleton(source), [entry.tap for entry in spec.save], named=[entry.name is not None for entry in spec.save]
-        )
-        watcher.step("loading the model")
-        bound = bind(spec, source, model.load(source))
-        _check_stop(job)
-        if found is None or not store.has_tokens(job.folder, found):
-            watcher.step("tokenising")
-            plan = _take_in(job, bound, sources, hashes.result(), stdin, found)
+        source = model.find(job.spec.model)
+        bind_early(job.spec, source)
+        if found is not None and store.has_tokens(job.folder, found):
+            plan, bound = found, _loaded(job, source)
         else:
-            plan = found
+            plan, bound = _take_in(job, source, sources, hashes, stdin, found)
     if plan.columns != bound.columns:
         raise DataError(
             f"{job.folder.root}: the model's shapes are not those of the plan in the folder; use the versions that made it"
@@ -150,20 +147,39 @@ def _go_on(job: _Job, sources: inputs.Inputs, found: Plan | None, stdin: Path | 
     return _write_parts(job, plan, bound)
 
 
+def _loaded(job: _Job, source: "Source") -> Bound:
+    from actdump import model
+
+    job.watcher.step("loading the model")
+    bound = bind(job.spec, source, model.load(source))
+    _check_stop(job)
+    return bound
+
+
 def _take_in(
-    job: _Job, bound: Bound, sources: inputs.Inputs, hashes: Mapping[str, str], stdin: Path | None, found: Plan | None
-) -> Plan:
-    """Tokenise all prompts and write plan, tokens and prompts; with a plan found, only what is missing beside it."""
+    job: _Job,
+    source: "Source",
+    sources: inputs.Inputs,
+    hashes: "Future[dict[str, str]]",
+    stdin: Path | None,
+    found: Plan | None,
+) -> tuple[Plan, Bound]:
+    """Tokenise all prompts, load the model, and write plan, tokens and prompts; with a plan found, only what is missing."""
     folder = job.folder
+    job.watcher.step("tokenising")
+    tokenizer = tokenizer_for(job.spec, source)
     with store.storage(folder.root, "made"):
         folder.root.mkdir(parents=True, exist_ok=True)
     store.sweep(folder)
-    with store.Intake(folder, cutter_for(job.spec, bound)) as intake:
-        for prompt, ids in tokenised(job.spec, bound, stdin):
+    with store.Intake(folder) as intake:
+        for prompts, ids in tokenised(job.spec, source, tokenizer, stdin):
             _check_stop(job)
-            intake.add(prompt.number, prompt.id, ids, *content_of(prompt))
-        facts = facts_of(job.spec, bound, hashes, intake.facts)
-        plan = make(facts, bound.columns, intake.cutter.parts, found.budget if found else budget_for(job.spec, bound))
+            intake.add(prompts, ids)
+        bound = _loaded(job, source)
+        parts = cut(job.spec, bound, intake.lengths, stdin)
+        intake.place(parts)
+        facts = facts_of(job.spec, bound, hashes.result(), intake.facts)
+        plan = make(facts, bound.columns, parts, found.budget if found else budget_for(job.spec, bound))
         if found is not None and plan.digest != found.digest:
             raise DataError(
                 f"{folder.root}: the prompts' tokens are not those of the plan in the folder; use the versions that made it"
@@ -172,7 +188,7 @@ def _take_in(
             store.check_space(folder, sum(part.bytes for part in plan.parts))
             store.clear(folder)
         intake.commit(plan if found is None else None, sources.stamps(), plan_to_json)
-    return plan
+    return plan, bound
 
 
 def facts_of(spec: Spec, bound: Bound, hashes: Mapping[str, str], taken: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,15 +2,20 @@
 
 import json
 import os
+import re
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Self
 
+from actdump.errors import SpecError
 from actdump.format import Folder, temporary
-from actdump.plan import Cutter, Part, Plan
+from actdump.plan import Part, Plan
+from actdump.prompts import Prompt
 from actdump.store.files import flush_folder, storage, to_json, write_atomically
 
 if TYPE_CHECKING:
@@ -18,37 +23,62 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
+LINES = 1024  # lines of prompts.jsonl written at a time
+_GAP = "\t"  # stands for a line's shard until that is known; JSON text holds no other tab
+_json = json.JSONEncoder(ensure_ascii=False).encode
+
 
 class Intake:
-    """Prompts on their way into the dump: token ids and lines are spooled to disk, parts are cut. Memory does not grow.
+    """Prompts on their way into the dump: token ids and lines are spooled to disk, so that memory does not grow with them.
 
-    Use as a context manager, then `commit`.
+    Use as a context manager; `add` prompts, `place` them in parts, then `commit`.
+
+    Attributes:
+        lengths: the number of tokens of each prompt.
     """
 
-    def __init__(self, folder: Folder, cutter: Cutter) -> None:
+    def __init__(self, folder: Folder) -> None:
         self.folder = folder
-        self.cutter = cutter
+        self.lengths = array("i")
         self.tokens_hash, self.lines_hash, self.lines_bytes = sha256(), sha256(), 0
         self.tokens = self._open(folder.tokens)
         self.lines = self._open(folder.prompts)
+        with storage(folder.root):
+            self.spool = TemporaryFile(dir=folder.root)  # noqa: SIM115 (closed with the others)
 
     def _open(self, final: Path) -> Any:
         with storage(final):
             return temporary(final, os.getpid()).open("wb")
 
-    def add(self, number: int, id: str, ids: Sequence[int], content: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
-        """Take the next prompt."""
-        words = array("i", (len(ids), *ids)).tobytes()
+    def add(self, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> None:
+        """Take the next prompts.
+
+        Raises:
+            SpecError: a prompt, or what the user gave with it, is no Unicode text.
+        """
+        words = array("i")
+        for one in ids:
+            words.append(len(one))
+            words.extend(one)
         self.tokens_hash.update(words)
-        line: dict[str, Any] = {"number": number, "id": id, "tokens": len(ids), "shard": self.cutter.add(len(ids)), **content}
-        if fields:
-            line["fields"] = dict(fields)
-        text = json.dumps(line, ensure_ascii=False).encode() + b"\n"
-        self.lines_hash.update(text)
-        self.lines_bytes += len(text)
+        self.lengths.extend(map(len, ids))
         with storage(self.folder.root):
             self.tokens.write(words)
-            self.lines.write(text)
+            self.spool.write(_lines(prompts, ids))
+
+    def place(self, parts: Iterable[Part]) -> None:
+        """Write prompts.jsonl, now that the shard of each prompt is known."""
+        with storage(self.folder.root):
+            self.spool.seek(0)
+            for part in parts:
+                for start in range(0, part.prompts, LINES):
+                    lines = islice(self.spool, min(LINES, part.prompts - start))
+                    self._write(b"".join(lines).replace(_GAP.encode(), b"%d" % part.number))
+
+    def _write(self, text: bytes) -> None:
+        self.lines_hash.update(text)
+        self.lines_bytes += len(text)
+        self.lines.write(text)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -73,6 +103,7 @@ class Intake:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.spool.close()
         for file, final in ((self.tokens, self.folder.tokens), (self.lines, self.folder.prompts)):
             file.close()
             temporary(final, os.getpid()).unlink(missing_ok=True)
@@ -80,11 +111,35 @@ class Intake:
             self.folder.root.rmdir()
 
 
+def _lines(prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> bytes:
+    """The lines of prompts.jsonl, each with a gap for its shard."""
+    lines = []
+    for prompt, one in zip(prompts, ids, strict=True):
+        content = prompt.content
+        lines.append(f'{{"number": {prompt.number}, "id": {_json(prompt.id)}, "tokens": {len(one)}, "shard": {_GAP}')
+        if isinstance(content, str):
+            lines.append(f', "text": {_json(content)}')
+        elif not isinstance(content[0], int):  # token ids stand in the shard
+            lines.append(f', "messages": {_json(content)}')
+        lines.append(f', "fields": {_json(prompt.fields)}}}\n' if prompt.fields else "}\n")
+    try:
+        return "".join(lines).encode()
+    except UnicodeEncodeError:
+        raise SpecError(f"{_broken(prompts)}: a field holds half a character (a lone surrogate), which is no text") from None
+
+
+def _broken(prompts: Sequence[Prompt]) -> str:
+    """Where the first prompt stands that cannot be written."""
+    return next(
+        prompt.where for prompt in prompts if re.search("[\ud800-\udfff]", _json([prompt.id, prompt.content, prompt.fields]))
+    )
+
+
 def part_tokens(folder: Folder, plan: Plan, part: Part) -> "list[Array]":
     """The token ids of each prompt of a part."""
     import numpy as np
 
-    before = sum(earlier.tokens + earlier.prompts for earlier in plan.parts[: part.number])
+    before = plan.starts[part.number] + part.first  # each prompt has its length before it
     words = np.fromfile(folder.tokens, dtype="<i4", count=part.tokens + part.prompts, offset=4 * before)
     prompts, place = [], 0
     for _ in range(part.prompts):
