@@ -2,10 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from actdump.errors import MissingError
@@ -37,10 +39,17 @@ class Inputs:
             raise MissingError(f"{role.partition('/')[0]}: `{path}`: {error.strerror}") from None
         return [status.st_size, status.st_mtime_ns]
 
-    def hashes(self) -> dict[str, str]:
-        """sha256 of each."""
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
-            return dict(zip(self.files, threads.map(sha256, self.files.values()), strict=True))
+    @contextmanager
+    def hashing(self) -> Iterator[Callable[[], dict[str, str]]]:
+        """sha256 of each, computed in threads while the block runs, and given up where it fails; a call gives the result."""
+        failed = Event()
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="actdump-hash") as threads:
+            found = {role: threads.submit(sha256, path, failed.is_set) for role, path in self.files.items()}
+            try:
+                yield lambda: {role: future.result() for role, future in found.items()}
+            except BaseException:
+                failed.set()
+                raise
 
     def same(self, stamps: Mapping[str, Any], hashes: Mapping[str, str]) -> bool:
         """Whether the files are those of earlier stamps and hashes; only files whose stamp changed are read."""
@@ -86,7 +95,15 @@ def _model_files(folder: Path, gguf: str | None) -> list[Path]:
     return [*files, folder / gguf] if gguf is not None else files
 
 
-def sha256(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(path: Path, stopping: Callable[[], bool] = lambda: False) -> str:
+    """sha256 of a file, read in pieces.
+
+    Args:
+        stopping: asked before every piece; `True` ends it, and the result is that of the pieces so far.
+    """
+    digest = hashlib.sha256()
+    piece = memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while not stopping() and (size := file.readinto(piece)):
+            digest.update(piece[:size])
+    return digest.hexdigest()

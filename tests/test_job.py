@@ -1,5 +1,6 @@
 """The job: rerun, stopped, killed and gone on with, and always the same bytes."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -497,6 +499,19 @@ def test_mistakes_in_prompts_are_found_before_the_weights_are_loaded(tmp_path, m
         with pytest.raises(ActdumpError, match=message):
             job.run(spec, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+@pytest.mark.parametrize("wrong", [{}, {"save": ["transformer.h[9].output"]}, {"tokens": [0, 63]}], ids=str)
+def test_the_garbage_collector_is_left_as_it_was(wrong, collecting, tmp_path):
+    before = gc.isenabled()
+    (gc.enable if collecting else gc.disable)()
+    try:
+        with pytest.raises(ActdumpError) if wrong else nullcontext():
+            job.run(make_spec(**wrong), tmp_path / "out")
+        assert (gc.isenabled(), gc.get_freeze_count()) == (collecting, 0)
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_a_model_that_cannot_be_loaded_leaves_no_folder(tmp_path, monkeypatch):

@@ -1,9 +1,10 @@
 """From a spec to a sealed dump: the loop that ties plan, engine and store together."""
 
+import gc
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -129,24 +130,49 @@ class _Job:
 
 def _go_on(job: _Job, sources: inputs.Inputs, found: Plan | None, stdin: Path | None) -> Outcome:
     """Make what is missing. Mistakes in addresses and prompts are found before the weights are loaded."""
+    try:
+        with sources.hashing() as hashes:
+            source = _source(job)
+            if found is not None and store.has_tokens(job.folder, found):
+                plan, bound = found, _loaded(job, source)
+            else:
+                plan, bound = _take_in(job, source, sources, hashes, stdin, found)
+        if plan.columns != bound.columns:
+            raise DataError(
+                f"{job.folder.root}: the model's shapes are not those of the plan in the folder; use the versions that made it"
+            )
+        return _write_parts(job, plan, bound)
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector still, and later from looking at what came: until `gc.unfreeze`.
+
+    What is imported and loaded stays. Looking through it again and again in vain took a sixth of the time to the first batch.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if collecting:
+            gc.enable()
+
+
+@_uncollected()
+def _source(job: _Job) -> "Source":
     from actdump import model
 
     job.watcher.step("reading the model's config")
-    with ThreadPoolExecutor(1) as aside:
-        hashes = aside.submit(sources.hashes)
-        source = model.find(job.spec.model)
-        bind_early(job.spec, source)
-        if found is not None and store.has_tokens(job.folder, found):
-            plan, bound = found, _loaded(job, source)
-        else:
-            plan, bound = _take_in(job, source, sources, hashes, stdin, found)
-    if plan.columns != bound.columns:
-        raise DataError(
-            f"{job.folder.root}: the model's shapes are not those of the plan in the folder; use the versions that made it"
-        )
-    return _write_parts(job, plan, bound)
+    source = model.find(job.spec.model)
+    bind_early(job.spec, source)
+    return source
 
 
+@_uncollected()
 def _loaded(job: _Job, source: "Source") -> Bound:
     from actdump import model
 
@@ -160,7 +186,7 @@ def _take_in(
     job: _Job,
     source: "Source",
     sources: inputs.Inputs,
-    hashes: "Future[dict[str, str]]",
+    hashes: Callable[[], dict[str, str]],
     stdin: Path | None,
     found: Plan | None,
 ) -> tuple[Plan, Bound]:
@@ -178,7 +204,7 @@ def _take_in(
         bound = _loaded(job, source)
         parts = cut(job.spec, bound, intake.lengths, stdin)
         intake.place(parts)
-        facts = facts_of(job.spec, bound, hashes.result(), intake.facts)
+        facts = facts_of(job.spec, bound, hashes(), intake.facts)
         plan = make(facts, bound.columns, parts, found.budget if found else budget_for(job.spec, bound))
         if found is not None and plan.digest != found.digest:
             raise DataError(
