@@ -8,6 +8,15 @@ from pathlib import Path
 
 SECTIONS = {
     "limit": "A, B and C against the bare forwards",
+    "peers": "A with nnsight, baukit, output_hidden_states and hooks by hand",
+    "overhead": "what a capture adds to one small forward",
+    "memory": "the peak of a large run against that of a small one",
+    "start": "from the command to the first batch; --help; an up-to-date dump",
+    "writing": "the store against a plain file",
+    "planning": "a million prompts against the tokenizer alone",
+    "explore": "what is fastest here: dtype, threads, batch budget, attention",
+    "audit": "its share of A",
+    "gpu": "a model of 3 billion parameters on a GPU",
 }
 
 
@@ -26,7 +35,8 @@ def main() -> None:
             say(f"{name}: {SECTIONS[name]}")
             measure: Callable[[Setting], Iterator[Figure]] = import_module(f"benchmarks.{name}").measure
             results[name] = list(measure(setting))
-            report.show(name, results[name])
+            if results[name]:
+                report.show(name, results[name])
     if asked.json:
         report.save(asked.json, setting, results)
 

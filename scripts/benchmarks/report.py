@@ -25,9 +25,6 @@ def table(section: str, figures: Sequence[Figure]) -> Table:
         spread = f"{_number(min(figure.each))} to {_number(max(figure.each))}" if len(figure.each) > 1 else ""
         met = "" if figure.goal is None else "[green]met[/]" if figure.goal.met(figure.value) else "[red]not met[/]"
         result.add_row(figure.name, f"{_number(figure.value)} {figure.unit}", spread, str(figure.goal or ""), met)
-        for side, values in (figure.samples or {}).items():
-            each = ", ".join(map(_number, values))
-            result.add_row(f"[dim]  {side}[/]", "", f"[dim]{each}[/]", "", "")
     return result
 
 

@@ -29,8 +29,8 @@ class Figure:
 
     Attributes:
         name: what was measured: `A, mixed, float32: actdump / limit`.
-        each: the figure of each round; the figure itself is not their median where it is a ratio of medians.
-        samples: what each side took in each round, in `unit` of the section, for whoever wants to see.
+        value: the median of the rounds; of a ratio, that of the medians.
+        each: the figure of each round.
     """
 
     name: str
@@ -38,7 +38,6 @@ class Figure:
     unit: str
     each: tuple[float, ...] = ()
     goal: Goal | None = None
-    samples: Mapping[str, tuple[float, ...]] | None = None
 
 
 def in_turns(sides: Mapping[str, Run], rounds: int) -> dict[str, tuple[float, ...]]:
@@ -65,12 +64,16 @@ def timed(do: Callable[[], object]) -> Run:
 
 
 def ratio(name: str, taken: Mapping[str, tuple[float, ...]], over: str, under: str, goal: Goal | None = None) -> Figure:
-    """How many times as long one side takes as another: the ratio of the medians, with that of each round."""
-    sides = {over: taken[over], under: taken[under]}
+    """How many times as long one side takes as another."""
     each = tuple(first / second for first, second in zip(taken[over], taken[under], strict=True))
-    return Figure(name, median(taken[over]) / median(taken[under]), "×", each, goal, sides)
+    return Figure(name, median(taken[over]) / median(taken[under]), "×", each, goal)
 
 
 def seconds(name: str, taken: tuple[float, ...], goal: Goal | None = None) -> Figure:
-    """How long one side takes: the median."""
+    """How long one side takes."""
     return Figure(name, median(taken), "s", taken, goal)
+
+
+def times(taken: Mapping[str, tuple[float, ...]], where: str) -> list[Figure]:
+    """How long each side takes."""
+    return [seconds(f"{where}: {side}", each) for side, each in taken.items()]

@@ -1,11 +1,11 @@
 """How to measure: how often, how much, where to write."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
@@ -49,11 +49,8 @@ def say(text: str) -> None:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder on the disk where the repository is, gone afterwards; that of an earlier run that was killed goes too."""
-    place = ROOT / "out" / "bench"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    try:
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+    """A folder on the disk where the repository is, gone afterwards."""
+    place = ROOT / "out"
+    place.mkdir(exist_ok=True)
+    with TemporaryDirectory(prefix="bench-", dir=place) as folder:
+        yield Path(folder)

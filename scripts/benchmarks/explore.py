@@ -1,0 +1,72 @@
+"""What is fastest on this machine, and whether `auto` finds it. Bare forwards of a few blocks, prompts of mixed length."""
+
+import os
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from actdump import job
+from benchmarks.rounds import Figure, Run, in_turns, timed
+from benchmarks.setting import Setting, say
+from benchmarks.subject import BUDGETS, FEW_BLOCKS, FOLDER, A, bare, forwards, load, padded_batches, spec_of, tokenizer
+from benchmarks.texts import Prompts, mixed
+
+ATTENTION = ("sdpa", "eager")
+
+
+def measure(setting: Setting) -> Iterator[Figure]:
+    """Tokens per second, one choice after another, the rest as `auto` has it; and the share of the best that `auto` reaches."""
+    prompts = mixed(tokenizer(), setting.some(512, 12))
+    say(prompts.described())
+    auto = _auto_budget(setting, prompts)
+    threads = torch.get_num_threads()
+    for dtype in setting.dtypes:
+        few = bare(load(dtype), FEW_BLOCKS)
+        kernels = {kernel: bare(load(dtype, attn_implementation=kernel), FEW_BLOCKS) for kernel in ATTENTION}
+        budgets = {budget: _forwards(few, prompts, budget) for budget in sorted({auto, *BUDGETS})}
+        counts = {count: _on_threads(count, budgets[auto]) for count in _threads()}
+        attentions = {kernel: _forwards(base, prompts, auto) for kernel, base in kernels.items()}
+        yield from _choice(setting, prompts, f"{dtype}, budget", auto, budgets)
+        yield from _choice(setting, prompts, f"{dtype}, threads", threads, counts)
+        yield from _choice(setting, prompts, f"{dtype}, attention", "sdpa", attentions)
+
+
+def _auto_budget(setting: Setting, prompts: Prompts) -> int:
+    """The batch budget that a run takes by itself."""
+    return job.forecast(spec_of(A, {"name": str(FOLDER)}, setting.saved(prompts))).plan.budget.tokens
+
+
+def _forwards(base: nn.Module, prompts: Prompts, budget: int) -> Run:
+    return timed(forwards(base, padded_batches(prompts.ids, budget)))
+
+
+def _threads() -> list[int]:
+    cores = os.cpu_count() or 1
+    return sorted({1, max(cores // 2, 1), cores, torch.get_num_threads()})
+
+
+def _on_threads(count: int, run: Run) -> Run:
+    usual = torch.get_num_threads()
+
+    def on_threads() -> float:
+        torch.set_num_threads(count)
+        try:
+            return run()
+        finally:
+            torch.set_num_threads(usual)
+
+    return on_threads
+
+
+def _choice(setting: Setting, prompts: Prompts, name: str, auto: Any, sides: dict[Any, Run]) -> Iterator[Figure]:
+    next(iter(sides.values()))()
+    taken = in_turns({str(choice): run for choice, run in sides.items()}, setting.rounds)
+    speeds = {choice: tuple(prompts.tokens / seconds for seconds in each) for choice, each in taken.items()}
+    for choice, each in speeds.items():
+        yield Figure(f"{name} {choice}{' (auto)' if choice == str(auto) else ''}", median(each), "tokens/s", each)
+    best = max(speeds, key=lambda choice: median(speeds[choice]))
+    each = tuple(first / second for first, second in zip(speeds[str(auto)], speeds[best], strict=True))
+    yield Figure(f"{name}: auto / the best ({best})", median(speeds[str(auto)]) / median(speeds[best]), "×", each)
