@@ -116,8 +116,11 @@ def _run(spec: "Spec", root: Path, overwrite: bool, as_json: bool, quiet: bool) 
     if not quiet:
         counts = f"{console.counted(manifest.prompts, 'prompt')}, {console.counted(manifest.tokens, 'token')}"
         console.err.print(f"{root}: {outcome.state}: {counts}, {console.size(manifest.bytes)}, {outcome.seconds:.1f} s")
+        if outcome.state == "done" and manifest.audit is not None:
+            console.err.print(f"{root}: {console.audit_words(manifest.audit)}")
     result = {"state": outcome.state, "manifest": str(outcome.path), "digest": manifest.digest, "prompts": manifest.prompts,
-              "tokens": manifest.tokens, "bytes": manifest.bytes, "seconds": round(outcome.seconds, 3)}  # fmt: skip
+              "tokens": manifest.tokens, "bytes": manifest.bytes, "seconds": round(outcome.seconds, 3),
+              "audit": console.audit_totals(manifest.audit)}  # fmt: skip
     typer.echo(json.dumps(result) if as_json else outcome.path)
 
 
@@ -209,6 +212,7 @@ def _summary(manifest: Any) -> list[tuple[str, str]]:
         ("shards", f"{len(manifest.shards):,}, {console.size(manifest.bytes)}"),
         ("digest", manifest.digest),
         ("made", f"{made['finished']} on {made['host']} ({made['device']}) in {made['seconds']:.1f} s"),
+        ("audit", console.audit_words(manifest.audit)),
         ("with", versions),
         *([("git", git["commit"] + (" with changes" if git["changed"] else ""))] if git else []),
     ]
@@ -224,6 +228,27 @@ def verify(out: Folder) -> None:
         if faults := reader.verify(dump):
             raise DataError("\n".join(faults))
         typer.echo(f"{out}: whole: {console.counted(len(dump.manifest.shards), 'shard')}, {dump.manifest.bytes:,} bytes")
+
+
+@app.command()
+def audit(
+    out: Folder,
+    count: Annotated[int, typer.Option("-n", "--prompts", min=1, help="How many prompts to run.")] = 20,
+    model: Annotated[str | None, typer.Option(help="Where the model is now, if not where it was.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Run prompts of a dump alone, without actdump's engine, and compare them with the files."""
+    with _quitting():
+        from actdump import audit, console
+
+        console.start_logging(quiet=False)
+        with console.Bar() as bar:
+            found = audit.to_json(audit.finished(out, count, place=model, step=bar.step))
+        if as_json:
+            typer.echo(json.dumps(found))
+            return
+        console.table(console.audit_table(found))
+        console.out.print(f"{out}: {console.audit_words(found)}")
 
 
 @app.command()

@@ -215,6 +215,39 @@ def statistics_table(manifest: Manifest) -> Table:
     return table
 
 
+def audit_totals(audit: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """An audit over all its taps: prompts, classes of tokens, the worst error, seconds."""
+    if audit is None:
+        return None
+    counts = {name: sum(tap[name] for tap in audit["taps"]) for name in ("exact", "drift", "unstable")}
+    worst = max(tap["worst"] for tap in audit["taps"])
+    return {"prompts": audit["prompts"], "padded": audit["padded"], **counts, "worst": worst, "seconds": audit["seconds"]}
+
+
+def audit_words(audit: Mapping[str, Any] | None) -> str:
+    """What an audit found, in a few words."""
+    totals = audit_totals(audit)
+    if totals is None:
+        return "not audited"
+    padded = f" ({len(totals['padded'])} padded)" if totals["padded"] else ""
+    unstable = f", {totals['unstable']:,} of them where the model itself is unstable" if totals["unstable"] else ""
+    return (
+        f"audit of {counted(len(totals['prompts']), 'prompt')}{padded}, {totals['seconds']:.1f} s: {totals['exact']:,} vectors "
+        f"exact, {totals['drift']:,} with drift{unstable}; worst relative error {totals['worst']:.2g}"
+    )
+
+
+def audit_table(audit: Mapping[str, Any]) -> Table:
+    """What an audit found at every tap."""
+    headings = ("exact", "drift", "unstable", "median", "worst", "limit")
+    table = _plain_table("tap", *headings, "hidden_states", right=headings)
+    for tap in audit["taps"]:
+        counts = [f"{tap[name]:,}" for name in headings[:3]]
+        errors = [f"{tap[name]:.2g}" for name in headings[3:]]
+        table.add_row(Text(tap["name"]), *counts, *errors, "agrees" if tap["witnessed"] else "")
+    return table
+
+
 def facts_table(rows: Iterable[tuple[str, str]]) -> Table:
     """Pairs of a word and what it is."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))

@@ -188,6 +188,7 @@ class Manifest:
         statistics: what the values of each floating point tap look like, over all shards.
         facts: what the dump was made from: spec, inputs' hashes, model, tokens.
         made: when, where and with what it was made.
+        audit: what its audit found; `None` where it was turned off.
     """
 
     digest: str
@@ -199,6 +200,7 @@ class Manifest:
     statistics: Mapping[str, Statistics]
     facts: Mapping[str, Any]
     made: Mapping[str, Any]
+    audit: Mapping[str, Any] | None = None
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
@@ -239,6 +241,7 @@ def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
         "statistics": statistics_to_json(manifest.statistics),
         "facts": manifest.facts,
         "made": manifest.made,
+        "audit": manifest.audit,
     }
 
 

@@ -11,7 +11,7 @@ from threading import Event
 from typing import Any
 
 from actdump.errors import MissingError
-from actdump.spec import Spec
+from actdump.spec import ModelSpec, Spec
 
 # What a model folder consists of; the rest (README, optimizer states, logs) decides no activation.
 _MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py", ".tiktoken")
@@ -71,13 +71,23 @@ def of(spec: Spec, stdin: Path | None = None) -> Inputs:
     files: dict[str, Path] = {}
     if spec.prompts.file is not None:
         files["prompts"] = stdin if spec.prompts.file == "-" and stdin is not None else _prompt_file(spec.prompts.file)
-    if (local := spec.model.folder) is not None:
-        files |= {f"model/{path.name}": path for path in _model_files(local, spec.model.gguf_file)}
+    files |= of_model(spec.model).files
     if spec.tokenizer.name is not None and (folder := Path(spec.tokenizer.name).expanduser()).is_dir():
         files |= {
             f"tokenizer/{path.name}": path for path in _model_files(folder, None) if path.suffix not in (".safetensors", ".bin")
         }
     return Inputs(files)
+
+
+def of_model(spec: ModelSpec) -> Inputs:
+    """The files of a model in a local folder; none for any other.
+
+    Raises:
+        MissingError: the folder is not there.
+    """
+    local = spec.folder
+    files = [] if local is None else _model_files(local, spec.gguf_file)
+    return Inputs({f"model/{path.name}": path for path in files})
 
 
 def _prompt_file(name: str) -> Path:

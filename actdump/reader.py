@@ -296,20 +296,23 @@ class Prompts:
 
 def verify(dump: Dump) -> list[str]:
     """Compare every file of a dump with the manifest: sizes, sha256 and structure. The faults found, in words; none if whole."""
-    faults: list[str] = []
-    for shard in dump.manifest.shards:
-        path = dump.folder.shard(shard.number)
-        if not path.is_file():
-            faults.append(f"{path}: the shard is missing")
-        elif path.stat().st_size != shard.bytes:
-            faults.append(f"{path}: {path.stat().st_size:,} bytes, but the manifest says {shard.bytes:,}")
-        elif sha256(path) != shard.sha256:
-            faults.append(f"{path}: the bytes changed since it was written (sha256 differs)")
-        else:
-            faults += _structure(dump, shard)
-        if not dump.folder.record(shard.number).is_file():
-            faults.append(f"{dump.folder.record(shard.number)}: the shard's record is missing")
-    return faults + _prompt_lines(dump)
+    return [fault for shard in dump.manifest.shards for fault in verify_shard(dump, shard)] + _prompt_lines(dump)
+
+
+def verify_shard(dump: Dump, shard: Shard) -> list[str]:
+    """Compare one shard with the manifest; the faults found, in words."""
+    path, faults = dump.folder.shard(shard.number), []
+    if not path.is_file():
+        faults.append(f"{path}: the shard is missing")
+    elif path.stat().st_size != shard.bytes:
+        faults.append(f"{path}: {path.stat().st_size:,} bytes, but the manifest says {shard.bytes:,}")
+    elif sha256(path) != shard.sha256:
+        faults.append(f"{path}: the bytes changed since it was written (sha256 differs)")
+    else:
+        faults += _structure(dump, shard)
+    if not dump.folder.record(shard.number).is_file():
+        faults.append(f"{dump.folder.record(shard.number)}: the shard's record is missing")
+    return faults
 
 
 def _structure(dump: Dump, shard: Shard) -> list[str]:

@@ -63,7 +63,7 @@ def contents(root):
         for path in (*root.glob("shards/*.safetensors"), root / "prompts.jsonl", root / "plan.json")
     }
     manifest = json.loads((root / "manifest.json").read_text())
-    del manifest["made"]
+    del manifest["made"], manifest["audit"]["seconds"]
     return files, manifest
 
 

@@ -189,7 +189,7 @@ def test_a_part_is_done_only_with_its_record_its_size_and_its_plan(folder):
     os.truncate(folder.shard(0), folder.shard(0).stat().st_size - 1)
     assert store.done(folder, part, plan.digest) is None
     with pytest.raises(DataError, match=r"parts \[0\] are not done"):
-        store.seal(folder, plan, {})
+        store.gathered(folder, plan, {})
     folder.record(0).write_text("{")
     assert store.done(folder, part, plan.digest) is None
     assert not folder.manifest.exists()
@@ -243,7 +243,7 @@ def test_the_umask_decides_the_modes(mask, folder):
         shard = pending(folder, plan)
         shard.put([0, 1, 2, 3], buffers([0, 1, 2, 3]))
         shard.seal({}, {})
-        store.seal(folder, plan, {})
+        store.seal(folder, store.gathered(folder, plan, {}))
     finally:
         os.umask(before)
     for path in (folder.plan, folder.prompts, folder.manifest, folder.shard(0), folder.record(0)):
@@ -258,7 +258,8 @@ def test_sealing_writes_the_manifest_and_drops_the_spooled_tokens(folder):
     shard.put([0, 1, 2, 3], buffers([0, 1, 2, 3]))
     shard.seal({}, {})
     assert not store.complete(folder, plan)
-    manifest = store.seal(folder, plan, {"by": "a test"})
+    manifest = store.gathered(folder, plan, {"by": "a test"})
+    store.seal(folder, manifest)
     assert manifest.prompts == 4
     assert manifest.tokens == 10
     assert store.complete(folder, plan)

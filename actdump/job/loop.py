@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,9 +15,10 @@ from actdump.errors import DataError, OccupiedError, Stopped
 from actdump.format import Folder, Manifest, manifest_from_json, plan_to_json
 from actdump.job.bound import Bound, bind, bind_early, budget_for
 from actdump.job.feeding import cut, standard_input, tokenised, tokenizer_for
-from actdump.job.provenance import circumstances, now
+from actdump.job.provenance import circumstances, now, placed
 from actdump.job.watching import Silent, Watcher
 from actdump.plan import Batch, Plan, batches, make
+from actdump.reader import Dump
 from actdump.spec import Spec
 from actdump.statistics import Statistics, merged
 
@@ -249,8 +250,13 @@ def _write_parts(job: _Job, plan: Plan, bound: Bound) -> Outcome:
             count = _capture_part(job, plan, bound, shard, writer, seen)
             writer.do(_seal, shard, seen, {**around, "batches": count})
         writer.finish()
-    made = {**around, "started": job.started, "finished": now(), "seconds": round(monotonic() - job.began, 3)}
-    manifest = store.seal(folder, plan, made)
+    audited = _audited(job, plan, bound)
+    made = {
+        **around, "model": placed(job.spec.model),
+        "started": job.started, "finished": now(), "seconds": round(monotonic() - job.began, 3),
+    }  # fmt: skip
+    manifest = replace(store.gathered(folder, plan, made), audit=audited)
+    store.seal(folder, manifest)
     for name, statistics in manifest.statistics.items():
         if statistics.nonfinite:
             log.warning(
@@ -260,6 +266,29 @@ def _write_parts(job: _Job, plan: Plan, bound: Bound) -> Outcome:
                 statistics.values,
             )
     return Outcome("done", manifest, folder.manifest, monotonic() - job.began)
+
+
+def _audited(job: _Job, plan: Plan, bound: Bound) -> dict[str, Any] | None:
+    """Audit what was written, before it is sealed.
+
+    Raises:
+        DataError: values are wrong.
+    """
+    if job.spec.audit == 0:
+        return None
+    from actdump import audit
+
+    _check_stop(job)
+    job.watcher.step("auditing")
+    dump = Dump(job.folder, store.gathered(job.folder, plan, {}))
+    found = audit.compare(dump, bound.module, audit.choose(dump, plan, job.spec.audit))
+    if found.faults:
+        raise DataError(
+            f"{found.told}\n{job.folder.root}: the audit found values that are not those of the prompts run alone, so the dump is "
+            "not sealed. The same command audits the same files again; remove the folder to make them anew. If they are wrong "
+            "again, it is a fault of actdump: please report it; `batch: {prompts: 1}` may avoid it"
+        )
+    return audit.to_json(found)
 
 
 Seen = dict[str, list[Statistics]]  # for each floating point tap, the statistics of its batches so far

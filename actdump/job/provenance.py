@@ -8,10 +8,19 @@ from importlib.metadata import version
 from typing import Any
 
 from actdump.job.bound import Bound
+from actdump.spec import ModelSpec
 
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def placed(spec: ModelSpec) -> dict[str, Any]:
+    """The model as the spec names it, a local folder with its full path, for whoever wants to run it again."""
+    plain = spec.model_dump(mode="json", exclude_defaults=True)
+    if spec.folder is not None:
+        plain["name" if spec.name is not None else "config"] = str(spec.folder.absolute())
+    return plain
 
 
 def circumstances(bound: Bound) -> dict[str, Any]:

@@ -54,7 +54,14 @@ def _positive(value: int) -> int:
     return value
 
 
+def _not_negative(value: int) -> int:
+    if value < 0:
+        raise ValueError("must be 0 or more")
+    return value
+
+
 Count = Annotated[int, AfterValidator(_positive)]
+NotNegative = Annotated[int, AfterValidator(_not_negative)]
 
 _UNITS = {
     "": 1,
@@ -309,6 +316,7 @@ class Spec(_Strict):
     nonfinite: Literal["report", "error"] = Field(
         "report", description="what to do about values that the model itself makes NaN or infinite"
     )
+    audit: NotNegative = Field(2, description="how many prompts to run again alone, and compare with the files; 0: none")
     output: str | None = Field(None, description="the folder to write")
 
     _lines: dict[Where, str] = PrivateAttr(default_factory=dict)
@@ -321,7 +329,9 @@ class Spec(_Strict):
     def decisive(self) -> dict[str, Any]:
         """The part of the spec that decides the bytes, its local files apart (their contents count, not their names)."""
         plain = self.model_dump(
-            mode="json", exclude={"output": True, "nonfinite": True, "model": {"device", "device_map"}}, exclude_defaults=True
+            mode="json",
+            exclude={"output": True, "nonfinite": True, "audit": True, "model": {"device", "device_map"}},
+            exclude_defaults=True,
         )
         if self.model.folder is not None:
             plain["model"]["name" if self.model.name is not None else "config"] = LOCAL

@@ -6,7 +6,7 @@ name is whole. A part is done when its record is there, which is written after i
 
 from actdump.store.files import busy, free_space, storage, sweep, write_atomically
 from actdump.store.intake import Intake, part_tokens
-from actdump.store.shards import AHEAD, Pending, Pendings, Writer, metadata, seal
+from actdump.store.shards import AHEAD, Pending, Pendings, Writer, gathered, metadata, seal
 from actdump.store.standing import check_free, check_space, clear, complete, done, has_tokens, load_plan
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "complete",
     "done",
     "free_space",
+    "gathered",
     "has_tokens",
     "load_plan",
     "metadata",

@@ -207,8 +207,8 @@ class Writer:
         self._thread.shutdown(wait=True, cancel_futures=kind is not None)
 
 
-def seal(folder: Folder, plan: Plan, made: Mapping[str, Any]) -> Manifest:
-    """Write the manifest of a dump whose parts are all done; its spooled tokens go.
+def gathered(folder: Folder, plan: Plan, made: Mapping[str, Any]) -> Manifest:
+    """The manifest of a dump whose parts are all done, from their records; not yet written.
 
     Raises:
         DataError: a part is not done.
@@ -221,7 +221,10 @@ def seal(folder: Folder, plan: Plan, made: Mapping[str, Any]) -> Manifest:
     size = sum(shard.bytes for shard in found)
     statistics = {name: merged([shard.statistics[name] for shard in found]) for name in found[0].statistics}
     bare = tuple(replace(shard, statistics={}, written={}) for shard in found)
-    manifest = Manifest(plan.digest, plan.columns, bare, plan.prompts, plan.tokens, size, statistics, plan.facts, made)
+    return Manifest(plan.digest, plan.columns, bare, plan.prompts, plan.tokens, size, statistics, plan.facts, made)
+
+
+def seal(folder: Folder, manifest: Manifest) -> None:
+    """Write the manifest: the dump is complete; its spooled tokens go."""
     write_atomically(folder.manifest, to_json(manifest_to_json(manifest)))
     folder.tokens.unlink(missing_ok=True)
-    return manifest

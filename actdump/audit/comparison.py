@@ -1,0 +1,184 @@
+"""The audit: prompts run alone, compared with what the files of a dump hold."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actdump.audit import alone
+from actdump.audit.alone import Alone, Noise, Place
+from actdump.audit.choice import Choice
+from actdump.audit.limits import errors, limit
+from actdump.format import TOKENS
+from actdump.reader import Dump, Values
+
+SCALES = (1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 4.0, 4.0)  # how large the noise is, each time that the model's own movement is measured
+FACTOR = 2.0  # an error of more than so many times the model's own movement is not explained by it
+
+MOST = 8  # faults that are told in full
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What was found at one tap, over all tokens of the audited prompts.
+
+    Attributes:
+        limit: the largest relative error that needs no second look.
+        worst, median: of the relative errors.
+        exact, drift, wrong: how many tokens have the very value, differ as another batch shape explains, or are wrong.
+        unstable: how many of those with drift passed the limit, but the model itself moves as much there when its rounding is
+            disturbed: a router's scores are nearly tied, say.
+        witnessed: whether `hidden_states` held the value too.
+    """
+
+    name: str
+    limit: float
+    worst: float
+    median: float
+    exact: int
+    drift: int
+    unstable: int
+    wrong: int
+    witnessed: bool
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        prompts, padded: the numbers of the prompts that were run alone, and of those that were padded in their batch.
+        taps: what was found at each.
+        seconds: how long it took.
+        faults: what is wrong, in words, a line each; none if all is well.
+    """
+
+    prompts: tuple[int, ...]
+    padded: tuple[int, ...]
+    taps: tuple[Tally, ...]
+    seconds: float
+    faults: tuple[str, ...] = ()
+
+    @property
+    def told(self) -> str:
+        """What is wrong, a few lines of it."""
+        more = len(self.faults) - MOST
+        return "\n".join([*self.faults[:MOST], *([f"and {more} more like these"] if more > 0 else [])])
+
+
+def to_json(audit: Audit) -> dict[str, Any]:
+    """An audit as it stands in a manifest."""
+    plain = asdict(audit)
+    del plain["faults"]
+    return plain
+
+
+def compare(dump: Dump, model: nn.Module, choice: Choice) -> Audit:
+    """Run the chosen prompts of a dump alone, and compare.
+
+    Args:
+        dump: a finished one, or one that is about to be sealed.
+        model: in evaluation mode, on its device.
+
+    Raises:
+        AddressError: the model does not have the modules of the dump's taps.
+        DataError: a tap of the model holds something else than the dump says, or a shard cannot be read.
+    """
+    began = monotonic()
+    tallies = [_Tallying(place) for place in alone.find(model, dump.manifest.columns)]
+    for turn, number in enumerate(choice.numbers):
+        _compare(dump, model, tallies, number, witness=turn == 0)
+    faults = tuple(fault for tally in tallies for fault in tally.faults)
+    seconds = round(monotonic() - began, 3)
+    return Audit(choice.numbers, choice.padded, tuple(tally.result for tally in tallies), seconds, faults)
+
+
+@dataclass
+class _Tallying:
+    """A tally that grows by a prompt at a time."""
+
+    place: Place
+    limit: float = 0.0
+    errors: list[Tensor] = field(default_factory=list)
+    unstable: int = 0
+    wrong: int = 0
+    witnessed: bool = False
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def result(self) -> Tally:
+        found = torch.cat(self.errors)
+        exact = int((found == 0).sum())
+        worst, median = (float(found.max()), float(found.median())) if len(found) else (0.0, 0.0)
+        drift = len(found) - exact - self.wrong
+        name = self.place.column.name
+        return Tally(name, self.limit, worst, median, exact, drift, self.unstable, self.wrong, self.witnessed)
+
+
+def _compare(dump: Dump, model: nn.Module, tallies: Sequence[_Tallying], number: int, *, witness: bool) -> None:
+    """Run one prompt alone, and class each of its tokens at every tap."""
+    ids = dump.shard_of(number).prompt(TOKENS, number).tolist()
+    places = [tally.place for tally in tallies]
+    plain = alone.run(model, places, ids, witness=witness)
+    doubtful: dict[int, Tensor] = {}
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    for at, (tally, value, computed) in enumerate(zip(tallies, plain.values, plain.computed, strict=True)):
+        stored = Values(dump, tally.place.column)[number]
+        found = errors(stored, value, tally.place.rows)
+        tally.limit = limit(computed, dtypes, value.dtype)
+        tally.errors.append(found)
+        if (found > tally.limit).any():
+            doubtful[at] = found
+        if witness:
+            _hear(tally, plain.witnesses[at])
+    for at, spread in _movement(model, places, ids, plain, doubtful).items():
+        _class(dump, tallies[at], number, len(ids), doubtful[at], spread)
+
+
+def _hear(tally: _Tallying, witnesses: Sequence[int]) -> None:
+    """Hear the second witness: `hidden_states` says of which blocks a value is the output."""
+    block = tally.place.block
+    if block is None or not witnesses:
+        return
+    tally.witnessed = block in witnesses
+    if not tally.witnessed:
+        tally.faults.append(
+            f"{tally.place.column.name}: the model's own hidden_states say that this is the output of block {witnesses[0]}, "
+            f"and the address says {block}"
+        )
+
+
+def _movement(
+    model: nn.Module, places: Sequence[Place], ids: Sequence[int], plain: Alone, doubtful: Mapping[int, Tensor]
+) -> dict[int, Tensor]:
+    """How far the model itself moves each token of the doubtful taps when its rounding is disturbed, until that explains them."""
+    spread = {at: torch.zeros_like(found) for at, found in doubtful.items()}
+    for seed, scale in enumerate(SCALES):
+        if all(_explained(found, spread[at]).all() for at, found in doubtful.items()):
+            break
+        moved = alone.run(model, places, ids, noise=Noise(seed, scale))
+        for at in doubtful:
+            spread[at] = torch.maximum(spread[at], errors(moved.values[at], plain.values[at], places[at].rows))
+    return spread
+
+
+def _explained(found: Tensor, spread: Tensor) -> Tensor:
+    return found <= FACTOR * spread
+
+
+def _class(dump: Dump, tally: _Tallying, number: int, tokens: int, found: Tensor, spread: Tensor) -> None:
+    wrong = (found > tally.limit) & ~_explained(found, spread)
+    tally.unstable += int(((found > tally.limit) & ~wrong).sum())
+    if not wrong.any():
+        return
+    tally.wrong += int(wrong.sum())
+    row = int(torch.where(wrong, found, -1.0).argmax())
+    others = f"; {int(wrong.sum())} of the prompt's {len(found)} values there are wrong" if len(found) > 1 else ""
+    tally.faults.append(
+        f"{tally.place.column.name}: prompt {number} (`{dump.prompts[number].id}`), {tally.place.words(row, tokens)}: off by "
+        f"{found[row]:.2g} of its size from the prompt run alone, where {tally.limit:.2g} is allowed and the model itself moves "
+        f"by {spread[row]:.2g}{others}"
+    )
