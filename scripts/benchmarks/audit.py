@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 from actdump.spec import Spec
 from benchmarks.rounds import Figure, Goal, in_turns, times
+from benchmarks.running import Dumping, spec_of
 from benchmarks.setting import Setting, say
-from benchmarks.subject import FOLDER, A, dumping, spec_of, tokenizer
+from benchmarks.subject import FOLDER, A, tokenizer
 from benchmarks.texts import mixed
 
 PROMPTS = 2  # a run's default
@@ -21,8 +22,8 @@ def measure(setting: Setting) -> Iterator[Figure]:
     for dtype in setting.dtypes:
         source = {"name": str(FOLDER), "dtype": dtype}
         sides = {
-            "A without the audit": dumping(spec_of(A, source, file), out),
-            "A with the audit": dumping(spec_of(A, source, file, audit=PROMPTS), out),
+            "A without the audit": Dumping(spec_of(A, source, file), out),
+            "A with the audit": Dumping(spec_of(A, source, file, audit=PROMPTS), out),
         }
         taken = in_turns(sides, setting.rounds)
         yield from times(taken, dtype)

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from actdump import job
+from benchmarks.bare import BUDGETS, FEW_BLOCKS, bare, forwards, padded_batches
 from benchmarks.rounds import Figure, Run, in_turns, timed
+from benchmarks.running import spec_of
 from benchmarks.setting import Setting, say
-from benchmarks.subject import BUDGETS, FEW_BLOCKS, FOLDER, A, bare, forwards, load, padded_batches, spec_of, tokenizer
+from benchmarks.subject import FOLDER, A, load, tokenizer
 from benchmarks.texts import Prompts, mixed
 
 ATTENTION = ("sdpa", "eager")

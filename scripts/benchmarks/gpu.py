@@ -10,9 +10,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from actdump import model
 from actdump.spec import ModelSpec
+from benchmarks.bare import bare, best_budget, forwards, padded_batches
 from benchmarks.rounds import Figure, Goal, in_turns, timed, times
+from benchmarks.running import Dumping, spec_of
 from benchmarks.setting import Setting, say
-from benchmarks.subject import FOLDER, Task, bare, best_budget, dump, dumping, forwards, padded_batches, spec_of, tokenizer
+from benchmarks.subject import FOLDER, Task, tokenizer
 from benchmarks.texts import mixed
 
 MODEL = {"model_type": "llama", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
@@ -41,14 +43,14 @@ def measure(setting: Setting) -> Iterator[Figure]:
     file, out = setting.saved(prompts), setting.scratch / "dump"
     with already_loaded(whole):
         for task in TASKS:
-            spec = spec_of(task, SOURCE, file, tokenizer={"name": str(FOLDER)})
+            run = Dumping(spec_of(task, SOURCE, file, tokenizer={"name": str(FOLDER)}), out)
             limit = timed(forwards(bare(whole, task.depth), batches))
             limit()
-            taken = in_turns({"the limit": limit, "actdump": dumping(spec, out)}, setting.rounds)
+            taken = in_turns({"the limit": limit, "actdump": run}, setting.rounds)
             yield from times(taken, task.name)
             yield from _speeds(task, prompts.tokens, taken)
             with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-                dump(spec, out)
+                run()
             yield Figure(f"{task.name}: the device waits", 100 * (1 - busy(profiler.events())), "%")
 
 

@@ -2,22 +2,11 @@
 
 from collections.abc import Iterator
 
+from benchmarks.bare import bare, best_budget, forwards, padded_batches
 from benchmarks.rounds import Figure, Goal, in_turns, ratio, timed, times
+from benchmarks.running import Dumping, spec_of
 from benchmarks.setting import Setting, say
-from benchmarks.subject import (
-    FOLDER,
-    TASKS,
-    A,
-    B,
-    bare,
-    best_budget,
-    dumping,
-    forwards,
-    load,
-    padded_batches,
-    spec_of,
-    tokenizer,
-)
+from benchmarks.subject import FOLDER, TASKS, A, B, load, tokenizer
 from benchmarks.texts import Prompts, mixed
 
 GOALS = {"A": Goal("at most", 1.03), "B": Goal("at most", 1.08), "C": Goal("at most", 1.03)}
@@ -38,9 +27,11 @@ def _tasks(setting: Setting, prompts: Prompts, dtype: str) -> Iterator[Figure]:
     batches = padded_batches(prompts.ids, best_budget(whole, prompts.ids, setting.some(2, 1)))
     limits = {LIMITS[task.name]: timed(forwards(bare(whole, task.depth), batches)) for task in (A, B)}
     source = {"name": str(FOLDER), "dtype": dtype}
-    runs = {task.name: dumping(spec_of(task, source, file), setting.scratch / "dump") for task in TASKS}
+    runs = {task.name: Dumping(spec_of(task, source, file), setting.scratch / "dump") for task in TASKS}
     limits[LIMITS["A"]]()  # the first forwards are slower
     taken = in_turns({**limits, **runs}, setting.rounds)
     yield from times(taken, dtype)
+    for name, run in runs.items():
+        yield from times({what: tuple(each) for what, each in run.fixed.items()}, f"{dtype}: {name}, of that")
     for name, limit in LIMITS.items():
         yield ratio(f"{dtype}: {name} / {limit}", taken, name, limit, GOALS[name])

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from benchmarks.bare import bare, best_budget, forwards, padded_batches
 from benchmarks.rounds import Figure, Goal, Run, in_turns, ratio, timed, times
+from benchmarks.running import Dumping, spec_of
 from benchmarks.setting import Setting, say
-from benchmarks.subject import FOLDER, A, bare, best_budget, dumping, forwards, load, padded_batches, spec_of, tokenizer
+from benchmarks.subject import FOLDER, A, load, tokenizer
 from benchmarks.texts import Prompts, mixed, uniform
 
 ROWS = 16  # prompts in a batch, in file order
@@ -50,7 +52,7 @@ def _compared(setting: Setting, dtype: str, prompts: Prompts, peers: dict[str, P
     spec = spec_of(A, {"name": str(FOLDER), "dtype": dtype}, setting.saved(prompts))
     sides: dict[str, Run] = {
         "the limit": timed(forwards(bare(whole, A.depth), batches)),
-        "actdump": dumping(spec, setting.scratch / "dump"),
+        "actdump": Dumping(spec, setting.scratch / "dump"),
         **{f"{name}, {order}": saving(peer, orders[order], out) for order in orders for name, peer in peers.items()},
     }
     sides["the limit"]()

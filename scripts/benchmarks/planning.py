@@ -14,8 +14,9 @@ from actdump.plan import Part, Plan
 from actdump.spec import Spec
 from benchmarks import child
 from benchmarks.rounds import Figure, Goal, in_turns, ratio, timed
+from benchmarks.running import LOADING, TOKENIZER, Stopwatch, spec_of, watched
 from benchmarks.setting import Setting
-from benchmarks.subject import FOLDER, Stopwatch, Task, loading_timed, spec_of, tokenizer
+from benchmarks.subject import FOLDER, Task, tokenizer
 from benchmarks.texts import english
 
 TOKENS = 30
@@ -80,12 +81,15 @@ class _Planning(Stopwatch):
 
 
 def planned(prompts: Path, out: Path) -> tuple[float, float]:
-    """The real run of a model that is next to nothing, until the plan is there: seconds, and the bytes held before."""
+    """The real run of a model that is next to nothing, until the plan is there: seconds, and the bytes held before.
+
+    What is loaded on the way is taken off, because the tokenizer alone is measured with it loaded.
+    """
     watch = _Planning()
     try:
-        with loading_timed() as loading, suppress(_Planned):
+        with watched() as taken, suppress(_Planned):
             job.run(_spec(prompts), out, watcher=watch)
-        return watch.since("tokenising") - sum(loading), watch.before
+        return watch.since("tokenising") - taken[LOADING] - taken[TOKENIZER], watch.before
     finally:
         shutil.rmtree(out, ignore_errors=True)
 

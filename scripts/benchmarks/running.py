@@ -1,0 +1,105 @@
+"""The real run, timed."""
+
+import gc
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from types import ModuleType
+from typing import Any
+
+from actdump import engine, job, model
+from actdump.job.watching import Silent
+from actdump.spec import Spec
+from benchmarks.subject import Task
+
+LOADING, TOKENIZER, PROBING = "loading", "loading the tokenizer", "probing"
+WATCHED = {LOADING: (model, "load"), TOKENIZER: (model, "load_tokenizer"), PROBING: (engine, "probe")}
+
+
+class Stopwatch(Silent):
+    """Remembers when a run began each of its steps."""
+
+    def __init__(self) -> None:
+        self.began: dict[str, float] = {}
+
+    def step(self, doing: str) -> None:
+        self.began[doing] = perf_counter()
+
+    def since(self, doing: str) -> float:
+        """The seconds since a step began."""
+        return perf_counter() - self.began[doing]
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, float]]:
+    """While the block runs, what is done once a run, whatever its size, says how long it took."""
+    taken: dict[str, float] = {}
+    with ExitStack() as stack:
+        for name, (module, function) in WATCHED.items():
+            stack.enter_context(_timing(module, function, name, taken))
+        yield taken
+
+
+@contextmanager
+def _timing(module: ModuleType, function: str, name: str, taken: dict[str, float]) -> Iterator[None]:
+    real: Callable[..., Any] = getattr(module, function)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        began = perf_counter()
+        try:
+            return real(*args, **kwargs)
+        finally:
+            taken[name] = perf_counter() - began
+
+    setattr(module, function, timed)
+    try:
+        yield
+    finally:
+        setattr(module, function, real)
+
+
+def spec_of(task: Task, source: dict[str, Any], prompts: Path, **rest: Any) -> Spec:
+    """The spec that a user would write for a task. The audit is off where there is one, unless `rest` says otherwise."""
+    off = {"audit": 0} if "audit" in Spec.model_fields else {}
+    return Spec.model_validate({
+        "model": source,
+        "prompts": {"file": str(prompts)},
+        "save": [f"model.layers[{layer}].output" for layer in task.layers],
+        "tokens": task.tokens,
+        "dtype": "bfloat16",
+        **off,
+        **rest,
+    })  # fmt: skip
+
+
+@dataclass
+class Dumping:
+    """The real run in this process, from its step `tokenising` until it returns with the manifest sealed.
+
+    The run loads the model on the way, as the command does; only that is taken off. What is written is removed.
+
+    Attributes:
+        fixed: of that, the seconds of each run for what it does once, however many prompts there are.
+    """
+
+    spec: Spec
+    out: Path
+    fixed: dict[str, list[float]] = field(default_factory=lambda: {TOKENIZER: [], PROBING: []})
+
+    def __call__(self) -> float:
+        watch = Stopwatch()
+        try:
+            with watched() as taken:
+                outcome = job.run(self.spec, self.out, watcher=watch)
+                seconds = watch.since("tokenising") - taken[LOADING]
+        finally:
+            shutil.rmtree(self.out, ignore_errors=True)
+        if outcome.state != "done":
+            raise RuntimeError(f"the run was {outcome.state}")
+        for name, each in self.fixed.items():
+            each.append(taken.get(name, 0.0))
+        gc.collect()
+        return seconds
