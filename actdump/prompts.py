@@ -66,8 +66,9 @@ def _rows(spec: PromptsSpec, stdin: Path | None) -> Iterator[tuple[_Found, str]]
             where = f"prompts[{number}]"
             yield _found(row, where), where
         return
+    json_lines = spec.kind == "jsonl"  # asked once, not for each of a million lines
     for line, where in _lines(str(spec.file), stdin):
-        yield (_json_row(line, where, spec) if spec.kind == "jsonl" else _text_row(line, where)), where
+        yield (_json_row(line, where, spec) if json_lines else _text_row(line, where)), where
 
 
 def _lines(name: str, stdin: Path | None) -> Iterator[tuple[str, str]]:

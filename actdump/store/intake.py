@@ -50,7 +50,7 @@ class Intake:
         with storage(final):
             return temporary(final, os.getpid()).open("wb")
 
-    def add(self, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> None:
+    def add(self, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> None:
         """Take the next prompts.
 
         Raises:
@@ -59,7 +59,7 @@ class Intake:
         words = array("i")
         for one in ids:
             words.append(len(one))
-            words.extend(one)
+            words.fromlist(one)
         self.tokens_hash.update(words)
         self.lengths.extend(map(len, ids))
         with storage(self.folder.root):
