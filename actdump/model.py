@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -90,7 +91,35 @@ def _found_config(spec: ModelSpec) -> Any:
     if folder is not None and spec.gguf_file is not None and not (folder / spec.gguf_file).is_file():
         raise MissingError(f"model: there is no `{spec.gguf_file}` in `{folder}`")
     with _quiet(), _loading(spec):
+        if folder is None:
+            _ask_once(str(spec.source), spec.revision)
         return AutoConfig.from_pretrained(str(folder or spec.source), **_hub(spec))
+
+
+def _ask_once(name: str, revision: str | None) -> None:
+    """Ask the hub once for what may be a mistyped path: `models/x`, beside other folders in `models`.
+
+    Both readings are possible, so an answer of any kind lets it pass. Without a network, loading asks six times in 20 seconds.
+
+    Raises:
+        OSError: the hub does not answer.
+    """
+    if not _neighbours(name) or isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
+    except HfHubHTTPError:
+        return  # an answer
+    except Exception as error:  # whatever the hub's HTTP library raises
+        raise OSError(f"the hub does not answer ({_first_line(error)})") from error
+
+
+def _neighbours(name: str) -> list[str]:
+    """The folders beside the one that a name would be as a path."""
+    parent = Path(name).expanduser().parent
+    if "/" not in name or not parent.is_dir():
+        return []
+    return [str(path) for path in sorted(parent.iterdir()) if path.is_dir() and not path.name.startswith(".")]
 
 
 def _own_config(given: dict[str, Any]) -> Any:
@@ -250,8 +279,12 @@ def _loading(spec: ModelSpec) -> Iterator[None]:
     except SafetensorError as error:
         raise DataError(f"model: a weights file of `{name}` is broken: {_first_line(error)}; fetch it again") from error
     except OSError as error:
-        what = "cannot be loaded" if spec.folder is not None else "is neither a local folder nor found on the hub"
-        raise MissingError(f"model: `{name}` {what}: {_first_line(error)}") from error
+        if spec.folder is not None:
+            raise MissingError(f"model: `{name}` cannot be loaded: {_first_line(error)}") from error
+        raise MissingError(
+            f"model: `{name}` is neither a local folder nor found on the hub: {_first_line(error)}"
+            f"{did_you_mean(name, _neighbours(name))}"
+        ) from error
     except (ValueError, TypeError, ImportError, KeyError, RuntimeError) as error:
         raise UsageError(f"model: `{name}` cannot be loaded: {_first_line(error)}") from error
 
@@ -280,9 +313,12 @@ def load_tokenizer(spec: TokenizerSpec, source: Source) -> Any | None:
     options = _hub(source.spec) if spec.name is None else {"trust_remote_code": source.spec.trust_remote_code}
     try:
         with _quiet():
+            if not folder.is_dir():
+                _ask_once(name, source.spec.revision if spec.name is None else None)
             return AutoTokenizer.from_pretrained(str(folder if folder.is_dir() else name), **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise MissingError(f"tokenizer: none can be loaded from `{name}`: {_first_line(error)}") from error
+        near = "" if folder.is_dir() else did_you_mean(name, _neighbours(name))
+        raise MissingError(f"tokenizer: none can be loaded from `{name}`: {_first_line(error)}{near}") from error
 
 
 def tokenise(

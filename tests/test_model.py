@@ -116,6 +116,53 @@ def test_a_gguf_file_that_is_not_there(tmp_path: Path) -> None:
         model.find(ModelSpec(name=str(tmp_path), gguf_file="x.gguf"))
 
 
+@pytest.fixture
+def unreachable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Without a network; what the hub was asked for."""
+    asked: list[str] = []
+
+    def fail(url: str, **_) -> None:
+        asked.append(url)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(model, "get_hf_file_metadata", fail)
+    return asked
+
+
+def patient(name: str, **_) -> None:
+    """Stands for transformers' own way to the hub, which tries again and again."""
+    raise AssertionError("asked again and again")
+
+
+def test_a_mistyped_path_is_told_at_once_without_a_network(tmp_path: Path, monkeypatch, unreachable: list[str], source) -> None:
+    (tmp_path / "models/tiny-gpt2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model.AutoConfig, "from_pretrained", patient)
+    monkeypatch.setattr(model.AutoTokenizer, "from_pretrained", patient)
+    with pytest.raises(MissingError, match=r"model: `models/tiny-gtp2` is neither .* did you mean `models/tiny-gpt2`\?"):
+        model.find(ModelSpec(name="models/tiny-gtp2"))
+    with pytest.raises(MissingError, match=r"tokenizer: .* did you mean `models/tiny-gpt2`\?"):
+        model.load_tokenizer(TokenizerSpec(name="models/tiny-gtp2"), source)
+    assert len(unreachable) == 2
+
+
+def test_a_hub_id_that_looks_like_a_path_is_taken_from_the_hub(tmp_path: Path, monkeypatch) -> None:
+    """A folder may be called as an organisation is: whatever the hub answers, its id counts."""
+    (tmp_path / "models/tiny-gpt2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model, "get_hf_file_metadata", lambda url, **_: None)
+    monkeypatch.setattr(model.AutoConfig, "from_pretrained", lambda name, **_: GPT2Config(name_or_path=name))
+    assert model.find(ModelSpec(name="models/tiny-gtp2")).config.name_or_path == "models/tiny-gtp2"
+
+
+def test_a_hub_id_that_is_no_path_is_not_asked_for_twice(tmp_path: Path, monkeypatch, unreachable: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model.AutoConfig, "from_pretrained", lambda name, **_: GPT2Config())
+    model.find(ModelSpec(name="models/tiny-gpt2"))
+    model.find(ModelSpec(name="gpt2"))
+    assert unreachable == []
+
+
 def test_devices() -> None:
     assert model.pick_device("cpu").type == "cpu"
     for name in ("gpu", "cuda:x"):

@@ -50,12 +50,11 @@ def forecast(spec: Spec, watcher: Watcher | None = None) -> Forecast:
         for _, ids in tokenised(spec, bound.source, tokenizer_for(spec, bound.source), stdin):
             lengths.extend(map(len, ids))
         plan = make({}, bound.columns, cut(spec, bound, lengths, stdin), budget)
-    inside = [lengths[part.first : part.first + part.prompts] for part in plan.parts]
-    cuts = [(part, batches(part, budget)) for part in inside]
-    size = sum(
-        shard_layout(bound.columns, each, store.metadata(plan, part)).size
-        for part, each in zip(plan.parts, inside, strict=True)
-    )
-    return Forecast(
-        bound, weighed, plan, Counter(lengths), sum(padded(*cut) for cut in cuts), sum(len(cut) for _, cut in cuts), size
-    )
+    size = computed = count = 0
+    for part in plan.parts:
+        inside = lengths[part.first : part.first + part.prompts]
+        cuts = batches(inside, budget)
+        size += shard_layout(bound.columns, inside, store.metadata(plan, part)).size
+        computed += padded(inside, cuts)
+        count += len(cuts)
+    return Forecast(bound, weighed, plan, Counter(lengths), computed, count, size)
