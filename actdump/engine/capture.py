@@ -1,8 +1,9 @@
 """Captures: one forward for one batch, each prompt's value cut out as if it had run alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from actdump.address import Index, Item, Nth, Selection, Slice, Tap, written
 from actdump.engine.hooks import Stop, Unfit, copied, described, hooked, not_a_tensor, read, which_call
-from actdump.engine.measure import Measured, measure
+from actdump.engine.measure import Measured, joined, measure
 from actdump.engine.site import Axis, Feed, Site, cut_out, fits, shape_text
 from actdump.errors import AddressError, DataError
 from actdump.plan import ITEM_BYTES, Batch, Layout
@@ -148,6 +149,9 @@ def capture(
 ) -> Captured:
     """Run one forward for one batch and keep what the sites ask for; the forward ends when every site has fired.
 
+    Where a forward on padded rows changes what the model keeps (see `State`), its values belong to no prompt alone: then each
+    length of the batch gets a forward of its own, from the same state.
+
     Args:
         sites: probed sites.
         land: bring the rows to the CPU; on CUDA through pinned memory on a side stream, while the forward goes on.
@@ -159,9 +163,32 @@ def capture(
     padded = Padded(batch)
     catch = _Catch(sites, padded, land, measure)
     arguments = feed.arguments(*padded.tensors(feed))
-    with suppress(Stop), hooked(sites, catch.seen):
-        model(**arguments)
+    try:
+        with suppress(Stop), hooked(sites, catch.seen):
+            model(**arguments)
+    finally:
+        changed = feed.state.restored()
+    if changed and not padded.even:
+        pieces = [capture(model, sites, feed, each, land=land, measure=measure) for each in _evened(batch)]
+        return _joined(sites, padded, pieces)
     return catch.captured()
+
+
+def _evened(batch: Batch) -> Iterator[Batch]:
+    """A batch as batches without padding: its runs of prompts of one length."""
+    for _, run in groupby(zip(batch.numbers, batch.ids, strict=True), key=lambda prompt: len(prompt[1])):
+        numbers, ids = zip(*run, strict=True)
+        yield Batch(numbers, ids)
+
+
+def _joined(sites: Sequence[Site], padded: Padded, pieces: Sequence[Captured]) -> Captured:
+    for piece in pieces:
+        if piece.ready is not None:
+            piece.ready.synchronize()
+    rows = [torch.cat(each) for each in zip(*(piece.rows for piece in pieces), strict=True)]
+    figures = zip(*(piece.measured for piece in pieces), strict=True)
+    measured = [joined(found) if (found := [one for one in each if one is not None]) else None for each in figures]
+    return Captured(sites, padded, rows, measured)
 
 
 class _Catch:

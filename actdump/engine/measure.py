@@ -1,6 +1,7 @@
 """What captured rows look like, measured where they are: on their device, before they leave it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,6 +91,20 @@ def measure(stored: Tensor, computed: Tensor, layout: Layout) -> Measured:
     else:
         norms, figures = _measured_with_care(exact, computed if computed is not stored else None)
     return Measured(layout, (exact.shape[0], exact.shape[1]), norms, figures)
+
+
+def joined(pieces: Sequence[Measured]) -> Measured:
+    """The figures of the rows of several forwards, as those of one."""
+    first, figures = pieces[0], torch.cat([piece.figures[None] for piece in pieces])
+    vectors, width = (sum(sizes) for sizes in zip(*(piece.shape for piece in pieces), strict=True))
+    shape = (first.shape[0], width) if first.layout.flat else (vectors, first.shape[1])
+    summed, largest = figures.sum(0), figures.amax(0)
+    return Measured(
+        first.layout,
+        shape,
+        torch.cat([piece.norms for piece in pieces]),
+        torch.stack([summed[0], largest[1], summed[2], summed[3], largest[4]]),
+    )
 
 
 def _largest(values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from actdump.address import Item, Selection, Slice, Tap, Tree, expand_tap, module_at
+from actdump.engine.state import State
 from actdump.errors import AddressError, UsageError
 from actdump.plan import Column, Layout
 
@@ -123,6 +124,7 @@ class Feed:
         vocabulary: ids are below this.
         pad: the id that fills rows up; its value never shows.
         accepts: the names of the arguments that the model takes.
+        state: what the model keeps between forwards, as it was before the first one.
         masked: whether padded rows need an attention mask; the probe finds out.
     """
 
@@ -130,6 +132,7 @@ class Feed:
     vocabulary: int
     pad: int
     accepts: frozenset[str]
+    state: State
     masked: bool = True
 
     def arguments(self, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
@@ -161,7 +164,7 @@ def feed_for(model: nn.Module, pad: int | None = None) -> Feed:
         pad = getattr(config, "pad_token_id", None)
     accepts = frozenset(name for name, parameter in parameters.items() if parameter.kind != Parameter.VAR_KEYWORD)
     place = next(iter((embedding or model).parameters()), torch.empty(0))
-    return Feed(place.device, vocabulary, pad if pad is not None and 0 <= pad < vocabulary else 0, accepts)
+    return Feed(place.device, vocabulary, pad if pad is not None and 0 <= pad < vocabulary else 0, accepts, State(model))
 
 
 # --------------------------------------------------------------------------------------------------------------------- binding

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from actdump.address import Address, Tap
-from actdump.engine import Feed, Site, bind, capture, capture_whole, feed_for, probe, values
+from actdump.engine import Feed, Site, State, bind, capture, capture_whole, feed_for, probe, values
 from actdump.errors import AddressError, TraceError, UsageError
 from actdump.plan import Batch, Budget, batches
 from actdump.tracing.values import Saved
@@ -37,11 +37,16 @@ class Traced:
 
 @dataclass(frozen=True)
 class _Forward:
-    """The arguments of one forward. Forwards of one kind are taken to run the same modules equally often."""
+    """The arguments of one forward. Forwards of one kind are taken to run the same modules equally often.
+
+    Attributes:
+        state: what the model gets back after a prompt; its own arguments may change it for good.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     kind: object
+    state: State | None = None
 
 
 _Prompts = list[Sequence[int]]
@@ -64,7 +69,8 @@ def work(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Forw
     if isinstance(given, list) and not all(isinstance(entry, int) for entry in given):
         return [_ids(traced, prompt, f"prompt {number}") for number, prompt in enumerate(given)]
     ids = torch.tensor([_ids(traced, given, "the prompt")])
-    return _Forward((), _feed(traced).arguments(ids, None), "prompt")
+    feed = _feed(traced)
+    return _Forward((), feed.arguments(ids, None), "prompt", feed.state)
 
 
 def _own(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Forward:
@@ -137,7 +143,11 @@ def _run_whole(traced: Traced, forward: _Forward, taps: Sequence[Tap]) -> list[A
     sites = bind(traced.module, taps)
     keys = [(tap.address.module, forward.kind) for tap in taps]
     counted = [replace(site, calls=traced.calls.get(key)) for site, key in zip(sites, keys, strict=True)]
-    kept, calls = capture_whole(traced.module, counted, forward.args, forward.kwargs)
+    try:
+        kept, calls = capture_whole(traced.module, counted, forward.args, forward.kwargs)
+    finally:
+        if forward.state is not None:
+            forward.state.restored()
     traced.calls.update(zip(keys, calls, strict=True))
     return kept
 

@@ -1,0 +1,92 @@
+"""What a model keeps from one forward to the next, and how it is given back."""
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+TABLE = 1 << 20  # elements; a larger buffer is a weight or a mask, and is not computed anew in a forward
+
+
+class State:
+    """The buffers of a model as they are now, with the other attributes of the modules that hold them.
+
+    A forward in evaluation mode should leave them alone. Where it does not, its values hang on more than one prompt: rotary
+    tables with `dynamic` or `longrope` scaling are computed for the widest row of a batch, and some are kept for the batches
+    after it (https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py).
+    In training mode nothing is watched: there a forward is meant to change the statistics of norms.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept = [_Kept.of(module) for module in _keepers(model) if not module.training]
+
+    def restored(self) -> bool:
+        """Give back what forwards changed; whether they had changed anything."""
+        changed = [kept.restored() for kept in self._kept]
+        return any(changed)
+
+
+_KEEPERS: WeakKeyDictionary[nn.Module, list[ReferenceType[nn.Module]]] = WeakKeyDictionary()
+
+
+def _keepers(model: nn.Module) -> list[nn.Module]:
+    """The modules with buffers; looked for once, because a trace of a small model takes no longer than the search."""
+    if model not in _KEEPERS:
+        _KEEPERS[model] = [ref(module) for module in model.modules() if module._buffers]
+    return [module for reference in _KEEPERS[model] if (module := reference()) is not None]
+
+
+@dataclass
+class _Table:
+    """A buffer, a copy of its values, and torch's count of the writes to it (not kept for inference tensors)."""
+
+    buffer: Tensor
+    copy: Tensor
+    writes: int | None
+
+    @staticmethod
+    def of(buffer: Tensor) -> "_Table":
+        return _Table(buffer, buffer.clone(), _writes(buffer))
+
+    def restored(self) -> bool:
+        if self.writes is not None and self.writes == _writes(self.buffer):
+            return False
+        changed = not torch.equal(self.buffer, self.copy)
+        if changed:
+            self.buffer.copy_(self.copy)
+        self.writes = _writes(self.buffer)
+        return changed
+
+
+@dataclass
+class _Kept:
+    """A module, its attributes and its tables."""
+
+    module: nn.Module
+    attributes: dict[str, Any]
+    tables: dict[str, _Table]
+
+    @staticmethod
+    def of(module: nn.Module) -> "_Kept":
+        small = {
+            name: buffer
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.numel() <= TABLE and buffer.device.type != "meta"
+        }
+        return _Kept(module, dict(vars(module)), {name: _Table.of(buffer) for name, buffer in small.items()})
+
+    def restored(self) -> bool:
+        buffers = self.module._buffers
+        replaced = [name for name, table in self.tables.items() if buffers.get(name) is not table.buffer]
+        written = [table.restored() for table in self.tables.values()]
+        if not replaced and not any(written):
+            return False
+        vars(self.module).update(self.attributes)
+        buffers.update({name: self.tables[name].buffer for name in replaced})
+        return True
+
+
+def _writes(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
