@@ -49,7 +49,14 @@ def bind(spec: Spec, source: "Source", module: "nn.Module") -> Bound:
     from actdump import engine
 
     sites = engine.bind(module, [entry.tap for entry in spec.save], named=[entry.name is not None for entry in spec.save])
-    probe = engine.probe(module, sites, engine.feed_for(module), tokens=spec.selection, dtype=spec.dtype)
+    probe = engine.probe(
+        module,
+        sites,
+        engine.feed_for(module),
+        tokens=spec.selection,
+        dtype=spec.dtype,
+        apart=spec.batch.prompts == 1,
+    )
     return Bound(source, module, probe.feed, probe.sites)
 
 
