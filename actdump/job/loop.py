@@ -239,7 +239,7 @@ def _write_parts(job: _Job, plan: Plan, bound: Bound) -> Outcome:
     folder = job.folder
     store.sweep(folder)
     finished = [part for part in plan.parts if store.done(folder, part, plan.digest)]
-    waiting = [part for part in plan.parts if part not in finished]
+    waiting = sorted(set(plan.parts).difference(finished), key=lambda part: part.number)
     store.check_space(folder, sum(part.bytes for part in waiting))
     job.watcher.planned(plan, finished)
     around = circumstances(bound)
