@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from actdump.address import Address, Child, Every, Index, Item, Key, Nth, Port, Slice, Some, Step, parse, path_text, written
 from actdump.errors import AddressError, DataError
 from actdump.plan import Column
+from actdump.state import State
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,7 @@ def _forward(model: nn.Module, places: Sequence[Place], ids: Sequence[int], kept
     embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), model)
     device = next(iter(embedding.parameters()), torch.empty(0)).device
     with ExitStack() as stack, torch.no_grad(), suppress(_Enough):
+        stack.callback(State(model).restored)
         if noise is not None:
             stack.enter_context(_disturbed(model, noise))
         for number, place in enumerate(places):

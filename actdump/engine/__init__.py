@@ -9,7 +9,6 @@ from actdump.engine.capture import Captured, Padded, capture, capture_whole, pos
 from actdump.engine.hooks import copied, described
 from actdump.engine.probe import Fault, Probe, dtype_name, outline, probe
 from actdump.engine.site import Axis, Feed, Site, bind, feed_for
-from actdump.engine.state import State
 
 __all__ = [
     "Axis",
@@ -19,7 +18,6 @@ __all__ = [
     "Padded",
     "Probe",
     "Site",
-    "State",
     "bind",
     "capture",
     "capture_whole",

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from actdump.address import Item, Selection, Slice, Tap, Tree, expand_tap, module_at
-from actdump.engine.state import State
 from actdump.errors import AddressError, UsageError
 from actdump.plan import Column, Layout
+from actdump.state import State
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from actdump.address import Address, Tap
-from actdump.engine import Feed, Site, State, bind, capture, capture_whole, feed_for, probe, values
+from actdump.engine import Feed, Site, bind, capture, capture_whole, feed_for, probe, values
 from actdump.errors import AddressError, TraceError, UsageError
 from actdump.plan import Batch, Budget, batches
+from actdump.state import State
 from actdump.tracing.values import Saved
 
 BUDGET = Budget(tokens=4096)  # padded tokens that several prompts of one trace share in a forward
