@@ -194,7 +194,8 @@ def _take_in(
     """Tokenise all prompts, load the model, and write plan, tokens and prompts; with a plan found, only what is missing."""
     folder = job.folder
     job.watcher.step("tokenising")
-    tokenizer = tokenizer_for(job.spec, source)
+    with _uncollected():
+        tokenizer = tokenizer_for(job.spec, source)
     with store.storage(folder.root, "made"):
         folder.root.mkdir(parents=True, exist_ok=True)
     store.sweep(folder)
