@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -95,3 +96,16 @@ def test_a_ratio_is_that_of_the_medians_beside_that_of_each_round(rounds):
     assert figure.goal.met(1.5)
     assert rounds.Goal("at least", 3.4).met(3.4)
     assert not rounds.Goal("at least", 3.4).met(3.39)
+
+
+def test_a_device_is_busy_while_any_of_its_work_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from benchmarks import gpu
+
+    def event(start, end, device="DeviceType.CUDA"):
+        return SimpleNamespace(device_type=device, time_range=SimpleNamespace(start=start, end=end))
+
+    events = [event(10, 20), event(15, 30), event(16, 18), event(40, 50), event(0, 100, "DeviceType.CPU")]
+    assert gpu.busy(events) == 30 / 40
+    with pytest.raises(RuntimeError, match="saw nothing on the device"):
+        gpu.busy(events[-1:])

@@ -49,7 +49,7 @@ def measure(setting: Setting) -> Iterator[Figure]:
             taken = in_turns({"the limit": limit, "actdump": run}, setting.rounds)
             yield from times(taken, task.name)
             yield from _speeds(task, prompts.tokens, taken)
-            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
                 run()
             yield Figure(f"{task.name}: the device waits", 100 * (1 - busy(profiler.events())), "%")
 
