@@ -62,7 +62,7 @@ def _ways() -> dict[str, Callable[[], object]]:
     if find_spec("nnsight") is None:
         say("nnsight is not installed, so it is not measured")
         return found
-    return {**found, "nnsight": tracing(model, ids)}
+    return {**found, "nnsight": tracing(small(), ids)}  # on a model of its own: it wraps modules
 
 
 def small() -> Any:
