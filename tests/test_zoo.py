@@ -4,7 +4,19 @@ The oracle is a plain forward of one prompt with plain PyTorch hooks on all modu
 family all modules are tapped at `.output`, at the further tensors of what they return, and at `.input`; where a module runs
 more than once, at every call. What `check` refuses must stand in the table below with its reason.
 
-`python tests/test_zoo.py` measures the zoo anew, prints the table and how far batched values drift from single ones.
+`python tests/test_zoo.py` measures the zoo anew, prints the table and how far batched values drift from single ones. Measured
+per token over all families and places (torch 2.13, one CPU thread):
+
+| dtype | median | 99 of 100 | worst |
+|---|---|---|---|
+| float32 | 0 | 5e-7 | 3e-6 |
+| float16 | 0 | 1e-3 | 5e-3 |
+| bfloat16 | 0 | 6e-3 | 4e-2 |
+
+Nothing of a real token depends on its neighbours: in a batch of one shape no bit of a prompt moves with the others' tokens. The
+drift comes from the shape. In float32 and float16 it is the fused attention, which takes keys in blocks (on SmolLM2 equal bits up
+to a width of 31, and everywhere with the plain kernel), and matrix products of a prompt of one token; in bfloat16 any matrix
+product of more rows. Integers are equal: no router changed its mind. DeBERTa and XLNet run in float32 only.
 """
 
 import re
@@ -409,9 +421,10 @@ def probed(model, address, **options):
     ],
     ids=["batch statistics", "capacity", "who was served"],
 )
-def test_a_value_that_depends_on_its_neighbours_is_refused(make, address):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_value_that_depends_on_its_neighbours_is_refused(make, address, dtype):
     """Also where it does so for a few tokens only, as those that come too late to an expert."""
-    (fault,) = probed(make(), address).runs
+    (fault,) = probed(make().to(dtype), address).runs
     assert isinstance(fault, engine.Fault)
     assert "is not the value of the prompt run alone" in fault.reason
 
