@@ -1,0 +1,68 @@
+"""What a model keeps between forwards is given back."""
+
+import pytest
+import torch
+from torch import nn
+
+from actdump.state import TABLE, State
+
+
+class Keeps(nn.Module):
+    """Holds a table of ones, and how far it reaches."""
+
+    def __init__(self, size=4):
+        super().__init__()
+        self.register_buffer("table", torch.ones(size))
+        self.reach = 16
+
+
+def replaced(module):
+    module.register_buffer("table", torch.zeros(4), persistent=False)
+    module.reach = 32
+
+
+def written(module):
+    module.table.zero_()
+    module.reach = 32
+
+
+@pytest.mark.parametrize("change", [replaced, written])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_table_and_what_belongs_to_it_are_given_back(change, mode):
+    module = Keeps().eval()
+    table, state = module.table, State(nn.Sequential(nn.ReLU(), module))
+    for _ in range(2):
+        with mode():
+            change(module)
+            assert state.restored()
+        assert module.table is table
+        assert module.table.tolist() == [1] * 4
+        assert module.reach == 16
+    assert not state.restored()
+
+
+def test_a_table_of_inference_tensors_is_compared_by_its_values():
+    with torch.inference_mode():
+        module = Keeps().eval()
+        state = State(module)
+        assert not state.restored()
+        written(module)
+        assert state.restored()
+        assert module.table.tolist() == [1] * 4
+
+
+def test_the_same_values_written_again_are_no_change():
+    module = Keeps().eval()
+    state = State(module)
+    module.table.fill_(1)
+    module.reach = 32
+    assert not state.restored()
+    assert module.reach == 32
+
+
+@pytest.mark.parametrize("module", [Keeps().train(), Keeps(TABLE + 1).eval()], ids=["training", "large"])
+def test_statistics_in_training_and_large_buffers_are_left_alone(module):
+    state = State(module)
+    module.table.zero_()
+    assert not state.restored()
+    assert not module.table.any()
