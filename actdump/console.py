@@ -240,11 +240,12 @@ def audit_words(audit: Mapping[str, Any] | None) -> str:
 def audit_table(audit: Mapping[str, Any]) -> Table:
     """What an audit found at every tap."""
     headings = ("exact", "drift", "unstable", "median", "worst", "limit")
-    table = _plain_table("tap", *headings, "hidden_states", right=headings)
+    witnessed = any(tap["witnessed"] for tap in audit["taps"])
+    table = _plain_table("tap", *headings, *["hidden_states"] * witnessed, right=headings)
     for tap in audit["taps"]:
         counts = [f"{tap[name]:,}" for name in headings[:3]]
         errors = [f"{tap[name]:.2g}" for name in headings[3:]]
-        table.add_row(Text(tap["name"]), *counts, *errors, "agrees" if tap["witnessed"] else "")
+        table.add_row(Text(tap["name"]), *counts, *errors, *["agrees" if tap["witnessed"] else ""] * witnessed)
     return table
 
 

@@ -1,6 +1,7 @@
 """The audit sees: every fault that was planted is caught with its tap, prompt and token, and clean runs raise no alarm."""
 
 import importlib
+import json
 import random
 import re
 from collections.abc import Callable
@@ -9,7 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_values import CASES, random_ids
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from actdump import job, store
@@ -17,6 +21,7 @@ from actdump import model as models
 from actdump.cli import app
 from actdump.engine import site
 from actdump.errors import DataError
+from actdump.inputs import sha256
 from actdump.spec import Spec
 
 capture = importlib.import_module("actdump.engine.capture")  # the name in its package is the function
@@ -265,6 +270,211 @@ def test_weights_of_another_seed_are_found(tmp_path, monkeypatch):
             job.run(wanted, out)
     assert_told(str(stopped.value), "block")
     assert not (out / "manifest.json").exists()
+
+
+# -------------------------------------------------------------------------------------------- faults in a finished dump
+
+
+def rewritten(out, change):
+    """Change the first shard of a finished dump, and its recorded sha256 too, so that only its values can tell."""
+    path = out / "shards/00000.safetensors"
+    tensors = {}
+    with safe_open(path, "pt") as shard:
+        metadata = shard.metadata()
+        tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 # it is no mapping
+    change(tensors)
+    save_file(tensors, path, metadata)
+    for record in (out / "manifest.json", out / "shards/00000.json"):
+        value = json.loads(record.read_text())
+        for shard in value.get("shards", [value]):
+            shard["sha256"], shard["bytes"] = sha256(path), path.stat().st_size
+        record.write_text(json.dumps(value))
+
+
+def test_the_bit_that_no_value_shows_is_found_by_its_hash(tmp_path):
+    job.run(spec(), tmp_path / "out")
+    shard = tmp_path / "out/shards/00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 1
+    shard.write_bytes(content)
+    assert f"{shard}: the bytes changed since it was written" in audited(tmp_path / "out", code=65)
+
+
+def test_a_fault_is_named_with_its_prompt_and_token(tmp_path):
+    job.run(spec(), tmp_path / "out")
+
+    def change(tensors):
+        first = tensors["block.offsets"][2]
+        tensors["block"][first + 1] *= 1.01
+
+    rewritten(tmp_path / "out", change)
+    said = audited(tmp_path / "out", code=65)
+    assert "error: block: prompt 2 (`p2`), token 1 of 14: off by 0.0099 of its size" in said
+    assert "1 of the prompt's 14 values there are wrong" in said
+    assert f"{tmp_path / 'out'}: the audit found values that are not those of the prompts run alone" in said
+    assert "last" not in said
+
+
+def test_a_fault_among_chosen_tokens_is_named_by_its_position(tmp_path):
+    save = {"two": {"address": SAVE["block"], "tokens": [0, -1]}, "some": {"address": SAVE["block"], "tokens": "1:"}}
+    job.run(spec(lengths=(5, 7), save={**save, "mean": {"address": SAVE["block"], "tokens": "mean"}}), tmp_path / "out")
+
+    def change(tensors):
+        tensors["two"][1, 1] += 1.0
+        tensors["some"][0] += 1.0
+        tensors["mean"][1] += 1.0
+
+    rewritten(tmp_path / "out", change)
+    said = audited(tmp_path / "out", code=65)
+    for tap, place in (("two", "prompt 1 (`p1`), token 6 of 7"), ("some", "prompt 0 (`p0`), token 1 of 5")):
+        assert f"{tap}: {place}: off by" in said
+    assert "mean: prompt 1 (`p1`), the mean of its tokens: off by" in said
+
+
+KINDS = {
+    "attention": ("gpt2", "transformer.h[1].attn.output[1]", {}),
+    "attention of the last token": ("gpt2", "transformer.h[1].attn.output[1]", {"tokens": "last"}),
+    "attention of two tokens": ("gpt2", "transformer.h[1].attn.output[1]", {"tokens": [0, -1]}),
+    "one head": ("gpt2", "transformer.h[1].attn.output[1][:, 0]", {}),
+    "index": ("gpt2", "transformer.h[1].output[0][:, -1]", {}),
+    "arguments": ("gpt2", "transformer.h[1].mlp.inputs[0][0]", {}),
+    "results": ("gpt2", "transformer.h[1].attn.outputs[0][0]", {}),
+    "logits": ("gpt2", "output.logits", {"dtype": "bfloat16"}),
+    "ids": ("gpt2", "transformer.wte.input", {}),
+    "slice": ("gpt2", "transformer.h[2].input", {"tokens": "-3:"}),
+    "chosen experts": ("mixtral", "model.layers[0].mlp.gate.output[2]", {}),
+    "router": ("mixtral", "model.layers[1].mlp.gate.output[0]", {"tokens": "mean"}),
+    "pooler": ("bert", "pooler.output", {}),
+    "last call": ("albert", "encoder.albert_layer_groups[0].albert_layers[0].output", {"call": -1}),
+    "rotary table": ("llama", "model.rotary_emb.output[1]", {"tokens": "first"}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_value_is_compared_and_a_change_in_it_seen(name, tmp_path):
+    family, address, options = KINDS[name]
+    model = {**CASES[family].spec, "attn_implementation": "eager"}
+    wanted = spec(lengths=(6, 3, 4), model=model, save={"it": {"address": address, **options}}, audit=3)
+    manifest = job.run(wanted, tmp_path / "out").manifest
+    (tap,) = manifest.audit["taps"]
+    assert tap["wrong"] == tap["unstable"] == 0 < tap["exact"] + tap["drift"]
+    assert audited(tmp_path / "out")
+
+    def change(tensors):
+        rows = tensors["it"].view(-1)
+        rows[-1] = rows[-1] + 1
+
+    rewritten(tmp_path / "out", change)
+    assert "it: prompt 2 (`p2`), " in audited(tmp_path / "out", code=65)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_flipped_router_is_told_from_a_fault_by_whether_the_model_flips_too(tied, tmp_path, monkeypatch):
+    """Where a token gives two experts the same score, the other choice is unstable; where it does not, it is wrong."""
+    load, ids = models.load, random_ids(LENGTHS)[0]
+
+    def scored(source):
+        module = load(source)
+        gate = module.model.layers[0].mlp.gate
+        seen = []
+        handle = gate.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, 16)[2]))
+        with torch.no_grad():
+            module(input_ids=torch.tensor([ids]))
+            handle.remove()
+            along = seen[0] / seen[0].norm()
+            across = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+            gate.weight[:2] = across - (across @ along)[:, None] * along + along * torch.tensor([[3.0], [3.0 if tied else 2.9]])
+            gate.weight[2:] = 0.0
+        return module
+
+    monkeypatch.setattr(models, "load", scored)
+    config = {**CASES["mixtral"].config, "num_experts_per_tok": 1}
+    job.run(spec(model={"config": config}, save={"chosen": "model.layers[0].mlp.gate.output[2]"}), tmp_path / "out")
+
+    def flip(tensors):
+        tensors["chosen"][2] = 1 - tensors["chosen"][2]
+
+    rewritten(tmp_path / "out", flip)
+    if tied:
+        (tap,) = json.loads(audited(tmp_path / "out", "--json"))["taps"]
+        assert (tap["unstable"], tap["wrong"], tap["worst"]) == (1, 0, 1.0)
+    else:
+        assert "chosen: prompt 0 (`p0`), token 2 of 9: " in audited(tmp_path / "out", code=65)
+
+
+@pytest.mark.parametrize(
+    ("family", "blocks", "heard"),
+    [("llama", "model.layers[*].output", [True, True, False]), ("mamba", "backbone.layers[*].output", [False, False])],
+)
+def test_of_hidden_states_the_last_is_no_witness_and_mambas_are_none(family, blocks, heard, tmp_path):
+    taps = job.run(spec(model=CASES[family].spec, save=[blocks]), tmp_path / "out").manifest.audit["taps"]
+    assert [tap["witnessed"] for tap in taps] == heard
+
+
+# ----------------------------------------------------------------------------------------------------- what is chosen
+
+
+def test_the_choice_is_the_plans_and_one_is_padded_if_any_was(tmp_path):
+    lengths = [5] * 40 + [4] + [5] * 39
+    one = job.run(spec(lengths=lengths, audit=2), tmp_path / "one").manifest
+    two = job.run(spec(lengths=lengths, audit=2), tmp_path / "two").manifest
+    assert one.audit["prompts"] == two.audit["prompts"]
+    assert one.audit["padded"] == (40,)
+    assert len(one.audit["prompts"]) == 2
+    even = job.run(spec(lengths=[5] * 12, audit=2), tmp_path / "even").manifest.audit
+    assert len(even["prompts"]) == 2 and even["padded"] == ()
+    assert job.run(spec(audit=1000), tmp_path / "all").manifest.audit["prompts"] == tuple(range(len(LENGTHS)))
+    assert job.run(spec(audit=0), tmp_path / "none").manifest.audit is None
+
+
+def test_the_audit_decides_no_bytes(tmp_path):
+    job.run(spec(audit=0), tmp_path / "out")
+    assert job.run(spec(audit=5), tmp_path / "out").state == "up to date"
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A finished dump of a model in a local folder, and another model."""
+    for name, seed in (("tiny", 0), ("other", 1)):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(**CONFIG)).save_pretrained(tmp_path / name)
+    job.run(spec(model={"name": str(tmp_path / "tiny")}), tmp_path / "out")
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_that_moved_is_named_and_one_that_changed_is_refused(folder):
+    (folder / "tiny").rename(folder / "moved")
+    assert "say where with --model" in audited(folder / "out", code=66)
+    assert "hidden_states" in audited(folder / "out", "--model", folder / "moved")
+    assert "model.safetensors differs (sha256)" in audited(folder / "out", "--model", folder / "other", code=65)
+    (folder / "moved/notes.txt").write_text("of no weight")
+    assert audited(folder / "out", "--model", folder / "moved")
+
+
+def test_what_cannot_be_audited_is_said(folder):
+    out = folder / "out"
+    assert "it holds no dump" in audited(folder, code=66)
+    assert "there is no such folder" in audited(folder / "nowhere", code=66)
+    assert "Invalid value for '-n'" in audited(out, "-n", 0, code=2)
+    job.run(spec(), folder / "random")
+    assert "random weights" in audited(folder / "random", "--model", folder / "tiny", code=2)
+    manifest = (out / "manifest.json").read_text()
+    (out / "manifest.json").write_text(manifest.replace("transformer.h[1].output", "transformer.k[1].output"))
+    assert "block: the model (GPT2LMHeadModel) has no module `transformer.k[1]`" in audited(out, code=2)
+    (out / "plan.json").unlink()
+    assert "plan.json: missing" in audited(out, code=66)
+    (out / "manifest.json").unlink()
+    assert "it holds no dump" in audited(out, code=66)
+
+
+def test_show_tells_of_the_audit(tmp_path):
+    job.run(spec(), tmp_path / "out")
+    shown = CliRunner().invoke(app, ["show", str(tmp_path / "out")]).stdout
+    assert "audit of 4 prompts" in shown
 
 
 # ------------------------------------------------------------------------------------------------------------- clean runs

@@ -5,7 +5,14 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-LIMITS = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+# Relative errors of tokens up to which another batch shape needs no further proof, by the dtype of the model. Measured on a CPU (torch
+# 2.13, transformers 5.23), padded batches against prompts run alone, all modules, input and output. Real weights, SmolLM2 and MiniLM:
+# float32, 99.9 % of tokens below 5.2e-6, worst 1.7e-5 (the first token, a massive activation, in the MLPs of layers 9 and 10);
+# bfloat16, 99.9 % below 0.040, worst 0.098 (attention of layer 7, logits); float16, 99.9 % below 0.0042, worst 0.013. Tiny seeded
+# models of 28 families: 1.5e-6, 0.032, 0.0068. What lies above gets a second look, so a limit need not hold the very worst. On the
+# other side: the residual stream of SmolLM2 one block too late is off by 0.22 or more at the median token, whatever the block.
+# float64 was not measured; it is float32's limit, scaled by their spacings.
+LIMITS = {torch.float64: 2e-13, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 LARGEST = 2.0  # the relative error of a vector that points the other way, and of one that is not finite where the other is
 
 
@@ -18,6 +25,7 @@ def limit(computed: torch.dtype, within: Collection[torch.dtype], stored: torch.
     """
     if not computed.is_floating_point:
         return 0.0
+    # Two numbers that are nearly the same can be rounded to neighbours: a spacing apart, at most `eps` of their size.
     narrowed = torch.finfo(stored).eps if torch.finfo(stored).eps > torch.finfo(computed).eps else 0.0
     return max(LIMITS.get(dtype, 0.0) for dtype in (computed, *within)) + narrowed
 
