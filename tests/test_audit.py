@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 from test_values import CASES, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
+from zoo import FAMILIES
 
-from actdump import job, store
+from actdump import engine, job, store
 from actdump import model as models
+from actdump.address import Tap, parse
 from actdump.cli import app
 from actdump.engine import site
 from actdump.errors import DataError
@@ -479,36 +481,62 @@ def test_show_tells_of_the_audit(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------- clean runs
 
+TURNS = 4
+IN_FLOAT32_ALONE = ("deberta", "deberta-v2", "xlnet")  # transformers' code for them does not run in bfloat16
+SUBJECTS = [
+    (family, dtype) for family in FAMILIES for dtype in ("float32", "bfloat16") if dtype == "float32" or family not in IN_FLOAT32_ALONE
+]  # fmt: skip
 TOKENS = ("all", "last", "mean", "1:")
 TYPES = (None, "bfloat16", "float16", "float8_e4m3fn")
 
 
-def clean_spec(name, dtype, turn):
-    """A family's own taps, with other weights, other prompts, other selections and storage types at each turn."""
-    case = CASES[name]
-    generator = random.Random(f"{name} {dtype} {turn}")
-    prompts = [[generator.randrange(2, 40) for _ in range(generator.randint(2, 30))] for _ in range(6)]
+def fitting(family):
+    """The addresses of a family that can be kept, and whether each has tokens and floating point numbers."""
+    model = FAMILIES[family].build()
+    taps = [
+        Tap(f"{path}.{port}", parse(f"{path}.{port}"), call=-1)
+        for path, _ in model.named_modules()
+        if path
+        for port in ("output", "input")
+    ]
+    runs = engine.probe(model, engine.bind(model, taps), engine.feed_for(model)).runs
+    sites = [run for run in runs if isinstance(run, engine.Site)]
+    return {each.tap.name: (each.token_axis is not None, each.layout.dtype.startswith("float")) for each in sites}
+
+
+def clean_spec(family, dtype, turn, places, config):
+    """Other weights, prompts, taps, selections and storage types at each turn."""
+    generator = random.Random(f"{family} {dtype} {turn}")
+    prompts = [[generator.randrange(2, 60) for _ in range(generator.randint(2, 40))] for _ in range(6)]
     save = {}
-    for tap, place in case.places.items():
-        entry = {"address": place.address, "call": place.call}
-        if "pooler" not in place.path and place.take != 2:
-            entry |= {"tokens": generator.choice(TOKENS), "dtype": generator.choice(TYPES)}
-        save[tap] = entry
+    for address in generator.sample(sorted(places), min(12, len(places))):
+        tokens, floating = places[address]
+        save[address] = {"address": address, "call": -1}
+        if tokens and floating:
+            save[address]["tokens"] = generator.choice(TOKENS)
+        if floating:
+            save[address]["dtype"] = generator.choice(TYPES)
     return Spec.model_validate({
-        "model": {**case.spec, "seed": turn, "dtype": dtype},
+        "model": {"config": str(config), "task": FAMILIES[family].task, "seed": turn, "dtype": dtype},
         "prompts": [{"input_ids": ids} for ids in prompts],
         "save": save,
         "audit": len(prompts),
     })  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", CASES)
-def test_a_clean_run_raises_no_alarm(name, dtype, tmp_path):
-    worst = 0.0
-    for turn in range(13):
-        manifest = job.run(clean_spec(name, dtype, turn), tmp_path / str(turn)).manifest
-        assert manifest.audit["prompts"] == tuple(range(6))
-        assert {tap["wrong"] for tap in manifest.audit["taps"]} == {0}
-        worst = max(worst, *(tap["worst"] for tap in manifest.audit["taps"]))
-    print(name, dtype, worst)
+def test_there_are_two_hundred_clean_runs():
+    assert len(SUBJECTS) * TURNS >= 200
+
+
+@pytest.mark.parametrize(("family", "dtype"), SUBJECTS)
+def test_a_clean_run_raises_no_alarm(family, dtype, tmp_path):
+    places = fitting(family)
+    AutoConfig.for_model(**FAMILIES[family].settings).save_pretrained(tmp_path / "config")
+    worst = unstable = 0
+    for turn in range(TURNS):
+        found = job.run(clean_spec(family, dtype, turn, places, tmp_path / "config"), tmp_path / str(turn)).manifest.audit
+        assert found["prompts"] == tuple(range(6))
+        assert {tap["wrong"] for tap in found["taps"]} == {0}
+        worst = max(worst, *(tap["worst"] for tap in found["taps"]))
+        unstable += sum(tap["unstable"] for tap in found["taps"])
+    print(family, dtype, f"worst {worst:.2g}, unstable {unstable}")
