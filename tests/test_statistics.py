@@ -79,6 +79,13 @@ def test_bare_elements_have_no_norm():
     assert [found.mean, found.std] == pytest.approx([8.5, np.arange(18).std()])
 
 
+def test_a_prompt_that_a_slice_takes_nothing_from(tmp_path):
+    rows = [{"input_ids": [3]}, {"input_ids": [4]}]
+    job.run(spec(prompts=rows, save={"rest": {"address": SAVE["block"], "tokens": "1:"}}), tmp_path / "out")
+    found = actdump.open(tmp_path / "out").manifest.statistics["rest"]
+    assert (found.rows, found.rows_by_position) == (0, (0,) * POSITIONS)
+
+
 def test_no_rows_at_all():
     found = measured(torch.empty(0, 4), (0,))
     assert (found.rows, found.values, found.mean, found.largest) == (0, 0, 0.0, 0.0)

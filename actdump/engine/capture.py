@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, cast
 
 import numpy as np
@@ -61,9 +61,8 @@ class Padded:
         if site.token_axis != 0 or several or cast(Layout, site.layout).flat:
             return None
         kept = cast(Slice, site.shape[0])
-        return np.concatenate(
-            [kept.of(length) if site.selection == "all" else positions(site.selection, length) for length in self.lengths]
-        )
+        places = (kept.of(length) if site.selection == "all" else positions(site.selection, length) for length in self.lengths)
+        return np.fromiter(chain.from_iterable(places), dtype=np.int64)
 
     def _places(self, selection: Selection) -> list[int]:
         starts = range(0, self.width * len(self.lengths), self.width)
