@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from actdump import inputs, store
 from actdump.format import shard_layout
-from actdump.job.bound import Bound, auto_tokens, budget_for, survey
+from actdump.job.bound import Bound, budget_for, survey
 from actdump.job.feeding import cut, standard_input, tokenised, tokenizer_for
 from actdump.job.watching import Silent, Watcher
-from actdump.plan import Budget, Plan, batches, make, padded
+from actdump.plan import Plan, batches, make, padded
 from actdump.spec import Spec
 
 
@@ -40,9 +40,7 @@ def forecast(spec: Spec, watcher: Watcher | None = None) -> Forecast:
     watcher = watcher or Silent()
     watcher.step("reading the model's config")
     bound, weighed = survey(spec, watcher=watcher)
-    budget = (
-        budget_for(spec, bound) if spec.batch.tokens != "auto" or weighed else Budget(auto_tokens(spec), spec.batch.prompts)
-    )
+    budget = budget_for(spec, bound.source)
     watcher.step("tokenising")
     lengths = array("i")
     with standard_input(spec) as stdin:

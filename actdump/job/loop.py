@@ -207,7 +207,7 @@ def _take_in(
         parts = cut(job.spec, bound, intake.lengths, stdin)
         intake.place(parts)
         facts = facts_of(job.spec, bound, hashes(), intake.facts)
-        plan = make(facts, bound.columns, parts, found.budget if found else budget_for(job.spec, bound))
+        plan = make(facts, bound.columns, parts, found.budget if found else budget_for(job.spec, source))
         if found is not None and plan.digest != found.digest:
             raise DataError(
                 f"{folder.root}: the prompts' tokens are not those of the plan in the folder; use the versions that made it"
