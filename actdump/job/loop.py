@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from actdump import inputs, store
 from actdump.errors import DataError, OccupiedError, Stopped
 from actdump.format import Folder, Manifest, manifest_from_json, plan_to_json
+from actdump.job import heap
 from actdump.job.bound import Bound, bind, bind_early, budget_for
 from actdump.job.feeding import cut, standard_input, tokenised, tokenizer_for
 from actdump.job.provenance import circumstances, now, placed
@@ -250,6 +251,7 @@ def _write_parts(job: _Job, plan: Plan, bound: Bound) -> Outcome:
             seen: Seen = {}
             count = _capture_part(job, plan, bound, shard, writer, seen)
             writer.do(_seal, shard, seen, {**around, "batches": count})
+            heap.trim()
         writer.finish()
     audited = _audited(job, plan, bound)
     made = {
@@ -307,7 +309,7 @@ def _capture_part(job: _Job, plan: Plan, bound: Bound, shard: store.Pending, wri
             _check_stop(job)
             numbers = tuple(shard.part.first + place for place in places)
             batch = Batch(numbers, tuple(shard.ids[place].tolist() for place in places))
-            captured = engine.capture(bound.module, bound.sites, bound.feed, batch, measure=True)
+            captured = engine.capture(bound.module, bound.sites, bound.feed, batch, filed=True)
             writer.do(_put, job, shard, places, captured, seen)
             job.watcher.batch(len(places), sum(batch.lengths))
     return len(cut)

@@ -159,7 +159,7 @@ def _run_each(traced: Traced, prompts: _Prompts, taps: Sequence[Tap]) -> list[li
     found: list[list[Any]] = [[None] * len(prompts) for _ in sites]
     for places in batches(list(map(len, prompts)), BUDGET):
         batch = Batch(tuple(places), tuple(prompts[place] for place in places))
-        captured = capture(traced.module, sites, feed, batch, land=False)
+        captured = capture(traced.module, sites, feed, batch)
         captured.wait()
         for site, rows, kept in zip(sites, captured.rows, found, strict=True):
             for place, value in zip(places, values(site, rows, batch.lengths), strict=True):
