@@ -50,8 +50,13 @@ class _Table:
     def of(buffer: Tensor) -> "_Table":
         return _Table(buffer, buffer.clone(), _writes(buffer))
 
+    @property
+    def untouched(self) -> bool:
+        """Whether it is certain, without a look at the values, that nobody wrote into the buffer."""
+        return self.writes is not None and self.writes == _writes(self.buffer)
+
     def restored(self) -> bool:
-        if self.writes is not None and self.writes == _writes(self.buffer):
+        if self.untouched:
             return False
         changed = not torch.equal(self.buffer, self.copy)
         if changed:
@@ -79,6 +84,8 @@ class _Kept:
 
     def restored(self) -> bool:
         buffers = self.module._buffers
+        if all(buffers.get(name) is table.buffer and table.untouched for name, table in self.tables.items()):
+            return False
         replaced = [name for name, table in self.tables.items() if buffers.get(name) is not table.buffer]
         written = [table.restored() for table in self.tables.values()]
         if not replaced and not any(written):

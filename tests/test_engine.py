@@ -10,7 +10,7 @@ from torch import nn
 from zoo import VOCABULARY, Ladder, Step, Toy, build
 
 from actdump.address import Slice, Tap, parse
-from actdump.engine import Fault, Site, bind, capture, capture_whole, feed_for, positions, probe, values
+from actdump.engine import Blocks, Fault, Site, bind, capture, capture_whole, feed_for, positions, probe, values
 from actdump.errors import AddressError, DataError, UsageError
 from actdump.plan import Batch, Layout
 
@@ -515,3 +515,27 @@ def test_the_probe_labels_axes(kind, text, axes, layout):
     assert site.layout == layout
     assert site.column.resolved == text
     assert site.calls == 1
+
+
+def test_memory_for_rows_is_used_again_only_when_it_was_given_back():
+    ladder, blocks = Ladder(), Blocks()
+    found = probed(ladder, [tap("layers[1].output"), tap("layers[2].output", dtype="bfloat16"), tap("embed.input")])
+
+    def run(lengths):
+        ids = prompts(lengths)
+        with torch.no_grad():
+            caught = capture(ladder, found.sites, found.feed, Batch(tuple(range(len(ids))), tuple(ids)), blocks=blocks)
+        caught.wait()
+        return caught, [torch.cat([ladder.after(1, each) for each in ids]), [len(each) for each in ids]]
+
+    first, (expected, _) = run((4, 9, 2))
+    second, _ = run((9, 3, 1))
+    assert torch.equal(first.rows[0], expected)
+    assert len({rows.data_ptr() for each in (first, second) for rows in each.rows}) == 6
+    assert all(rows.data_ptr() % 64 == 0 for rows in first.rows)
+    place = first.rows[0].data_ptr()
+    first.give_back()
+    third, (expected, _) = run((5, 5))
+    assert third.rows[0].data_ptr() == place
+    assert torch.equal(third.rows[0], expected)
+    assert [one is None for one in third.statistics()] == [False, False, True]

@@ -5,6 +5,7 @@ dropped. The probe makes this so: it sends tiny inputs of two shapes through the
 gave, which labels every axis; then it shows, on values, that a prompt cut out of a padded batch is the prompt run alone.
 """
 
+from actdump.engine.blocks import Blocks
 from actdump.engine.capture import Captured, Padded, capture, capture_whole, positions, values
 from actdump.engine.hooks import copied, described
 from actdump.engine.probe import Fault, Probe, dtype_name, outline, probe
@@ -12,6 +13,7 @@ from actdump.engine.site import Axis, Feed, Site, bind, feed_for
 
 __all__ = [
     "Axis",
+    "Blocks",
     "Captured",
     "Fault",
     "Feed",

@@ -1,10 +1,9 @@
 """Captures: one forward for one batch, each prompt's value cut out as if it had run alone."""
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain, groupby
+from itertools import chain, groupby
 from typing import Any, cast
 
 import numpy as np
@@ -12,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from actdump.address import Index, Item, Nth, Selection, Slice, Tap, written
+from actdump.engine.blocks import Blocks
 from actdump.engine.hooks import Stop, Unfit, copied, described, hooked, not_a_tensor, read, which_call
 from actdump.engine.measure import Measured, joined, measure
 from actdump.engine.site import Axis, Feed, Site, cut_out, fits, shape_text
 from actdump.errors import AddressError, DataError
 from actdump.plan import ITEM_BYTES, Batch, Layout
 from actdump.statistics import Statistics
-
-ALIGNED = 64  # bytes: each site's rows begin at such a multiple in their block
 
 
 @dataclass
@@ -97,7 +95,8 @@ def positions(selection: Selection, length: int) -> Sequence[int]:
 class Captured:
     """What one forward gave: for each site, the rows of all prompts of the batch, in the batch's order.
 
-    Call `wait` before reading; on CUDA the copies may still be on their way.
+    Call `wait` before reading; on CUDA the copies may still be on their way. Call `give_back` when the rows are no longer needed:
+    rows on their way into a file stand in memory that is used again.
     """
 
     sites: Sequence[Site]
@@ -105,6 +104,7 @@ class Captured:
     rows: list[Tensor]
     measured: list[Measured | None]
     ready: "torch.cuda.Event | None" = None
+    give_back: Callable[[], None] = lambda: None
 
     def wait(self) -> None:
         """Return when the rows are there.
@@ -146,7 +146,7 @@ def _overflow(site: Site, measured: Measured) -> str:
     )
 
 
-def capture(model: nn.Module, sites: Sequence[Site], feed: Feed, batch: Batch, *, filed: bool = False) -> Captured:
+def capture(model: nn.Module, sites: Sequence[Site], feed: Feed, batch: Batch, *, blocks: Blocks | None = None) -> Captured:
     """Run one forward for one batch and keep what the sites ask for; the forward ends when every site has fired.
 
     Where a forward on padded rows changes what the model keeps (see `State`), its values belong to no prompt alone: then each
@@ -154,14 +154,14 @@ def capture(model: nn.Module, sites: Sequence[Site], feed: Feed, batch: Batch, *
 
     Args:
         sites: probed sites.
-        filed: the rows are on their way into a file: floating point ones are measured, and all are brought to the CPU; from
-            CUDA through pinned memory on a side stream, while the forward goes on.
+        blocks: memory for rows on their way into a file. Then floating point rows are measured, and all are brought to the CPU;
+            from CUDA through pinned memory on a side stream, while the forward goes on.
 
     Raises:
         DataError: a value does not have the shape that the probe promised, or a site did not fire.
     """
     padded = Padded(batch)
-    catch = _Catch(sites, padded, filed)
+    catch = _Catch(sites, padded, blocks)
     arguments = feed.arguments(*padded.tensors(feed))
     try:
         with suppress(Stop), hooked(sites, catch.seen):
@@ -169,7 +169,8 @@ def capture(model: nn.Module, sites: Sequence[Site], feed: Feed, batch: Batch, *
     finally:
         changed = feed.state.restored()
     if changed and not padded.even:
-        pieces = [capture(model, sites, feed, each, filed=filed) for each in _evened(batch)]
+        catch.give_back()
+        pieces = [capture(model, sites, feed, each, blocks=blocks) for each in _evened(batch)]
         return _joined(sites, padded, pieces)
     return catch.captured()
 
@@ -188,17 +189,19 @@ def _joined(sites: Sequence[Site], padded: Padded, pieces: Sequence[Captured]) -
     rows = [torch.cat(each) for each in zip(*(piece.rows for piece in pieces), strict=True)]
     figures = zip(*(piece.measured for piece in pieces), strict=True)
     measured = [joined(found) if (found := [one for one in each if one is not None]) else None for each in figures]
+    for piece in pieces:
+        piece.give_back()
     return Captured(sites, padded, rows, measured)
 
 
 class _Catch:
     """One forward being watched."""
 
-    def __init__(self, sites: Sequence[Site], padded: Padded, filed: bool) -> None:
+    def __init__(self, sites: Sequence[Site], padded: Padded, blocks: Blocks | None) -> None:
         self.sites = sites
         self.padded = padded
-        self.filed = filed
-        self.block = _block(sites, padded.lengths) if filed else None
+        self.blocks = blocks
+        self.block = blocks.take([cast(Layout, site.layout) for site in sites], padded.lengths) if blocks is not None else None
         self.calls = [0] * len(sites)
         self.rows: list[Tensor | None] = [None] * len(sites)
         self.measured: list[Measured | None] = [None] * len(sites)
@@ -209,9 +212,9 @@ class _Catch:
         site = self.sites[place]
         call = self.calls[place]
         self.calls[place] += 1
-        if call != (site.tap.call or 0) % cast(int, site.calls):
+        if call != site.wanted:
             return
-        value, _ = read(site.tap, held)
+        value = held if site.bare and isinstance(held, Tensor) else read(site.tap, held)[0]
         self.rows[place] = self._kept(place, site, _rows(site, value, self.padded))
         self.waiting -= 1
         if self.waiting == 0:
@@ -220,17 +223,17 @@ class _Catch:
     def _kept(self, place: int, site: Site, computed: Tensor) -> Tensor:
         """Rows in their storage type, measured if asked for, or if the cast could make them infinite, and landed."""
         if self.block is not None and computed.is_cpu:
-            rows = self.block[place].view(computed.shape).copy_(computed)
+            rows = self.block.pieces[place].view(site.dtype).view(computed.shape).copy_(computed)
         else:
             rows = computed.to(site.dtype)
-        if (self.filed and rows.is_floating_point()) or _narrower(rows, computed):
+        if (self.block is not None and rows.is_floating_point()) or _narrower(rows, computed):
             measured = measure(rows, computed, cast(Layout, site.layout))
             norms, figures = self._landed(measured.norms), self._landed(measured.figures)
             self.measured[place] = replace(measured, norms=norms, figures=figures)
         return self._landed(rows)
 
     def _landed(self, rows: Tensor) -> Tensor:
-        if rows.is_cpu or not self.filed:
+        if rows.is_cpu or self.block is None:
             return rows
         if rows.device.type != "cuda":
             return rows.cpu()
@@ -243,30 +246,16 @@ class _Catch:
         rows.record_stream(self.side)
         return host
 
+    def give_back(self) -> None:
+        if self.blocks is not None and self.block is not None:
+            self.blocks.give_back(self.block)
+
     def captured(self) -> Captured:
         for site, rows in zip(self.sites, self.rows, strict=True):
             if rows is None:
                 raise DataError(f"{site.tap.name}: its module did not run in this forward, though it did in the probe")
         ready = self.side.record_event() if self.side else None
-        return Captured(self.sites, self.padded, cast(list[Tensor], self.rows), self.measured, ready)
-
-
-def _block(sites: Sequence[Site], lengths: Sequence[int]) -> list[Tensor]:
-    """Where the rows of each site are kept on a CPU: pieces of one block of memory, which is given back whole.
-
-    Rows outlive their forward. One by one among its own tensors, they would leave the heap full of holes: a run that wrote 8 GB
-    held 500 MB more.
-    """
-    prompts = Counter(lengths)
-    layouts = [cast(Layout, site.layout) for site in sites]
-    sizes = {layout: sum(count * layout.bytes(length) for length, count in prompts.items()) for layout in set(layouts)}
-    ends = list(accumulate(-(-sizes[layout] // ALIGNED) * ALIGNED for layout in layouts))
-    block = torch.empty(ends[-1], dtype=torch.uint8)
-    starts = [0, *ends[:-1]]
-    return [
-        block[start : start + sizes[layout]].view(site.dtype)
-        for site, layout, start in zip(sites, layouts, starts, strict=True)
-    ]
+        return Captured(self.sites, self.padded, cast(list[Tensor], self.rows), self.measured, ready, self.give_back)
 
 
 def _narrower(rows: Tensor, computed: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,28 +25,26 @@ def hooked(sites: Sequence[Site], seen: Callable[[int, Any], None]) -> Iterator[
     handles: list[RemovableHandle] = []
     try:
         for place, site in enumerate(sites):
-            handles.append(_hook(site, partial(seen, place)))
+            handles.append(_hook(site, place, seen))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _hook(site: Site, seen: Callable[[Any], None]) -> RemovableHandle:
-    port = site.tap.address.port
+def _hook(site: Site, place: int, seen: Callable[[int, Any], None]) -> RemovableHandle:
+    def given(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen(place, args[0] if args else next(iter(kwargs.values()), None))
 
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if port == "inputs":
-            seen((args, kwargs))
-        else:
-            seen(args[0] if args else next(iter(kwargs.values()), None))
-
-    def after(_module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
-        seen(_as_arguments(result) if port == "outputs" else result)
-
-    if port in ("input", "inputs"):
-        return site.module.register_forward_pre_hook(before, with_kwargs=True)
-    return site.module.register_forward_hook(after)
+    match site.tap.address.port:
+        case "output":
+            return site.module.register_forward_hook(lambda _module, _args, result: seen(place, result))
+        case "outputs":
+            return site.module.register_forward_hook(lambda _module, _args, result: seen(place, _as_arguments(result)))
+        case "input":
+            return site.module.register_forward_pre_hook(given, with_kwargs=True)
+        case "inputs":
+            return site.module.register_forward_pre_hook(lambda _module, *given: seen(place, given), with_kwargs=True)
 
 
 def _as_arguments(result: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

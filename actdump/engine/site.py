@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from actdump.address import Item, Selection, Slice, Tap, Tree, expand_tap, module_at
+from actdump.address import Index, Item, Nth, Selection, Slice, Tap, Tree, expand_tap, module_at
 from actdump.errors import AddressError, UsageError
 from actdump.plan import Column, Layout
 from actdump.state import State
@@ -67,6 +67,18 @@ class Site:
     def selection(self) -> Selection:
         """Which tokens are kept; all of them where the value has no token axis."""
         return self.tap.tokens if self.tap.tokens is not None and self.token_axis is not None else "all"
+
+    @cached_property
+    def bare(self) -> bool:
+        """Whether a bare tensor at the port is the value."""
+        first = self.tap.address.items[0] if self.tap.address.items else None
+        whole = first is None or isinstance(first, Index) or (isinstance(first, Nth) and first.number in (0, -1))
+        return self.tap.address.port in ("input", "output") and whole
+
+    @cached_property
+    def wanted(self) -> int:
+        """The place of the wanted call among those of one forward. Needs a probed site."""
+        return (self.tap.call or 0) % cast(int, self.calls)
 
     @property
     def least(self) -> int:

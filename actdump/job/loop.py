@@ -303,13 +303,13 @@ def _capture_part(job: _Job, plan: Plan, bound: Bound, shard: store.Pending, wri
 
     from actdump import engine
 
-    cut = batches(shard.lengths, plan.budget)
+    cut, blocks = batches(shard.lengths, plan.budget), engine.Blocks()
     with torch.inference_mode():
         for places in cut:
             _check_stop(job)
             numbers = tuple(shard.part.first + place for place in places)
             batch = Batch(numbers, tuple(shard.ids[place].tolist() for place in places))
-            captured = engine.capture(bound.module, bound.sites, bound.feed, batch, filed=True)
+            captured = engine.capture(bound.module, bound.sites, bound.feed, batch, blocks=blocks)
             writer.do(_put, job, shard, places, captured, seen)
             job.watcher.batch(len(places), sum(batch.lengths))
     return len(cut)
@@ -335,6 +335,7 @@ def _put(job: _Job, shard: store.Pending, places: Sequence[int], captured: Any, 
             )
         seen.setdefault(name, []).append(statistics)
     shard.put(places, captured.buffers())
+    captured.give_back()
 
 
 def _seal(shard: store.Pending, seen: Seen, written: Mapping[str, Any]) -> None:
