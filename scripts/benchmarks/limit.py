@@ -35,3 +35,7 @@ def _tasks(setting: Setting, prompts: Prompts, dtype: str) -> Iterator[Figure]:
         yield from times({what: tuple(each) for what, each in run.fixed.items()}, f"{dtype}: {name}, of that")
     for name, limit in LIMITS.items():
         yield ratio(f"{dtype}: {name} / {limit}", taken, name, limit, GOALS[name])
+    for name, limit in LIMITS.items():
+        once = zip(taken[name], *runs[name].fixed.values(), strict=True)
+        rest = {name: tuple(whole - tokenizer - probing for whole, tokenizer, probing in once), limit: taken[limit]}
+        yield ratio(f"{dtype}: {name} without loading the tokenizer and probing / {limit}", rest, name, limit)

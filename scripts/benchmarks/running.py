@@ -1,6 +1,7 @@
 """The real run, timed."""
 
 import gc
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -97,6 +98,7 @@ class Dumping:
                 seconds = watch.since("tokenising") - taken[LOADING]
         finally:
             shutil.rmtree(self.out, ignore_errors=True)
+            os.sync()  # what is still on its way to the disk would slow the next side down
         if outcome.state != "done":
             raise RuntimeError(f"the run was {outcome.state}")
         for name, each in self.fixed.items():
