@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from actdump import store
-from actdump.errors import DataError
+from actdump.errors import DataError, Stopped
 from actdump.job import heap
 from actdump.job.bound import Bound
 from actdump.job.provenance import now
+from actdump.job.sharing import shared_out
 from actdump.job.underway import Job
 from actdump.plan import Batch, Plan, batches
 from actdump.statistics import Statistics, merged
@@ -15,26 +16,24 @@ from actdump.statistics import Statistics, merged
 Seen = dict[str, list[Statistics]]  # for each floating point tap, the statistics of its batches so far
 
 
-def write_parts(job: Job, plan: Plan, bound: Bound, around: Mapping[str, Any]) -> None:
-    """Make the parts that are not done.
+def write_parts(job: Job, plan: Plan, bound: Bound, crew: store.Crew, around: Mapping[str, Any]) -> None:
+    """Make the parts that are not done, with the other workers; when it returns, all are done.
 
     Args:
         around: what the records say of the circumstances.
     """
     folder = job.folder
-    store.sweep(folder)
-    finished = [part for part in plan.parts if store.done(folder, part, plan.digest)]
-    waiting = sorted(set(plan.parts).difference(finished), key=lambda part: part.number)
-    store.check_space(folder, sum(part.bytes for part in waiting))
-    job.watcher.planned(plan, finished)
     with store.Pendings() as pendings, store.Writer() as writer:  # the writer ends before what it writes to is closed
-        for part in waiting:
-            shard = pendings.begin(folder, plan, part, store.part_tokens(folder, plan, part))
-            seen: Seen = {}
-            count = _capture_part(job, plan, bound, shard, writer, seen)
-            writer.do(_seal, shard, seen, {**around, "batches": count})
-            heap.trim()
-        writer.finish()
+        try:
+            for part, claim in shared_out(job, plan, crew, writer.finish):
+                shard = pendings.begin(folder, plan, part, store.part_tokens(folder, plan, part))
+                seen: Seen = {}
+                count = _capture_part(job, plan, bound, shard, writer, seen)
+                writer.do(_seal, shard, claim, seen, {**around, "batches": count})
+                heap.trim()
+        except Stopped:
+            writer.finish()  # a part that is whole is finished
+            raise
 
 
 def _capture_part(job: Job, plan: Plan, bound: Bound, shard: store.Pending, writer: store.Writer, seen: Seen) -> int:
@@ -73,5 +72,6 @@ def _put(job: Job, shard: store.Pending, places: Sequence[int], captured: Any, s
     captured.give_back()
 
 
-def _seal(shard: store.Pending, seen: Seen, written: Mapping[str, Any]) -> None:
+def _seal(shard: store.Pending, claim: store.Lock, seen: Seen, written: Mapping[str, Any]) -> None:
     shard.seal({name: merged(each) for name, each in seen.items()}, {**written, "finished": now()})
+    claim.remove()

@@ -13,14 +13,14 @@ from actdump.errors import DataError
 from actdump.format import Folder, Manifest, manifest_from_json
 from actdump.job.capturing import write_parts
 from actdump.job.feeding import standard_input
-from actdump.job.planning import loaded, source_of, take_in
+from actdump.job.planning import planned
 from actdump.job.provenance import circumstances
-from actdump.job.sealing import sealed
+from actdump.job.sealing import seal
 from actdump.job.standing import standing
 from actdump.job.underway import Job
 from actdump.job.watching import Silent, Watcher
-from actdump.plan import Plan
 from actdump.spec import Spec
+from actdump.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,19 @@ def run(
     root: Path,
     *,
     overwrite: bool = False,
+    worker: Worker | None = None,
     watcher: Watcher | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Make a dump, go on with an unfinished one, or find that it is up to date.
 
+    Any number of processes can do this at once, for the same spec and folder: they share the parts out. Each returns when the
+    dump is sealed.
+
     Args:
         overwrite: replace another dump in the folder.
-        stopping: asked after every batch; `True` ends the run.
+        worker: which of them this is, if that is known.
+        stopping: asked after every batch, and while the run waits; `True` ends the run.
 
     Raises:
         OccupiedError: the folder holds something else.
@@ -53,35 +58,37 @@ def run(
         ActdumpError: see the subclasses.
     """
     began = monotonic()
-    watcher = watcher or Silent()
-    folder = Folder(root)
     with standard_input(spec) as stdin:
         sources = inputs.of(spec, stdin)
-        found = standing(spec, sources, folder, overwrite)
-        if found is not None and store.complete(folder, found):
-            return Outcome("up to date", _manifest(folder), folder.manifest, monotonic() - began)
-        return _go_on(Job(spec, folder, watcher, stopping, began), sources, found, stdin)
+        job = Job(spec, Folder(root), sources, stdin, worker or Worker(), overwrite, watcher or Silent(), stopping, began)
+        found = standing(job)
+        if found is not None and store.complete(job.folder, found):
+            return _ended(job, "up to date")
+        return _go_on(job)
 
 
-def _manifest(folder: Folder) -> Manifest:
-    return manifest_from_json(json.loads(folder.manifest.read_bytes()))
+def _ended(job: Job, state: Literal["done", "up to date"]) -> Outcome:
+    manifest = manifest_from_json(json.loads(job.folder.manifest.read_bytes()))
+    return Outcome(state, manifest, job.folder.manifest, monotonic() - job.began)
 
 
-def _go_on(job: Job, sources: inputs.Inputs, found: Plan | None, stdin: Path | None) -> Outcome:
-    """Make what is missing. Mistakes in addresses and prompts are found before the weights are loaded."""
+def _go_on(job: Job) -> Outcome:
+    """Make what is missing, with the other workers; the last of them seals the dump."""
     try:
-        with sources.hashing() as hashes:
-            source = source_of(job)
-            if found is not None and store.has_tokens(job.folder, found):
-                plan, bound = found, loaded(job, source)
-            else:
-                plan, bound = take_in(job, source, sources, hashes, stdin, found)
-        if plan.columns != bound.columns:
-            raise DataError(
-                f"{job.folder.root}: the model's shapes are not those of the plan in the folder; use the versions that made it"
-            )
-        around = circumstances(bound)
-        write_parts(job, plan, bound, around)
-        return Outcome("done", sealed(job, plan, bound, around), job.folder.manifest, monotonic() - job.began)
+        with store.Crew(job.folder) as crew:
+            plan, bound = planned(job, crew)
+            if bound is None:
+                return _ended(job, "up to date")
+            if plan.columns != bound.columns:
+                raise DataError(
+                    f"{job.folder.root}: the model's shapes are not those of the plan in the folder; "
+                    "use the versions that made it"
+                )
+            around = circumstances(bound)
+            write_parts(job, plan, bound, crew, around)
+            with crew.deciding(job.check_stop):
+                if not store.complete(job.folder, plan):
+                    seal(job, plan, bound, around)
+            return _ended(job, "done")
     finally:
         gc.unfreeze()

@@ -8,7 +8,6 @@ from typing import Any
 
 from actdump import store
 from actdump.errors import DataError
-from actdump.format import Manifest
 from actdump.job.bound import Bound
 from actdump.job.provenance import now, placed
 from actdump.job.underway import Job
@@ -18,7 +17,7 @@ from actdump.reader import Dump
 log = logging.getLogger(__name__)
 
 
-def sealed(job: Job, plan: Plan, bound: Bound, around: Mapping[str, Any]) -> Manifest:
+def seal(job: Job, plan: Plan, bound: Bound, around: Mapping[str, Any]) -> None:
     """Audit what was written and seal it.
 
     Args:
@@ -34,6 +33,7 @@ def sealed(job: Job, plan: Plan, bound: Bound, around: Mapping[str, Any]) -> Man
     }  # fmt: skip
     manifest = replace(store.gathered(job.folder, plan, made), audit=audited)
     store.seal(job.folder, manifest)
+    store.sweep(job.folder)
     for name, statistics in manifest.statistics.items():
         if statistics.nonfinite:
             log.warning(
@@ -42,7 +42,6 @@ def sealed(job: Job, plan: Plan, bound: Bound, around: Mapping[str, Any]) -> Man
                 statistics.nonfinite,
                 statistics.values,
             )
-    return manifest
 
 
 def _audited(job: Job, plan: Plan, bound: Bound) -> dict[str, Any] | None:

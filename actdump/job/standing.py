@@ -1,14 +1,14 @@
 """The plan in a folder, and whether it is that of a spec."""
 
-from actdump import inputs, store
+from actdump import store
 from actdump.errors import DataError, OccupiedError
-from actdump.format import Folder
+from actdump.job.underway import Job
 from actdump.plan import Plan
-from actdump.spec import Spec
 
 
-def standing(spec: Spec, sources: inputs.Inputs, folder: Folder, overwrite: bool) -> Plan | None:
+def standing(job: Job) -> Plan | None:
     """The plan in the folder, if it is that of this very spec; `None` where a new one is to be made."""
+    spec, folder, overwrite = job.spec, job.folder, job.overwrite
     store.check_free(folder, overwrite=overwrite)
     try:
         loaded = store.load_plan(folder)
@@ -20,7 +20,7 @@ def standing(spec: Spec, sources: inputs.Inputs, folder: Folder, overwrite: bool
         return None
     plan, stamps = loaded
     differs = difference(spec.decisive(), plan.facts["spec"])
-    if differs is None and not sources.same(stamps, plan.facts["inputs"]):
+    if differs is None and not job.sources.same(stamps, plan.facts["inputs"]):
         source = "standard input" if spec.prompts.file == "-" else "the prompt file"
         differs = f"the model's files or {source} have changed"
     if differs is None:
