@@ -7,16 +7,17 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from actdump.errors import ActdumpError, DataError, MissingError, UsageError
+from actdump.errors import ActdumpError, DataError, MissingError, Stopped, UsageError
 
 if TYPE_CHECKING:
     from actdump.spec import Spec
+    from actdump.worker import StopSignals, Worker
 
 app = typer.Typer(
     name="actdump",
@@ -37,12 +38,16 @@ Output = Annotated[
 
 
 @contextmanager
-def _quitting() -> Iterator[None]:
-    """Turn errors into messages and exit codes."""
+def _quitting(stopped: int = Stopped.code) -> Iterator[None]:
+    """Turn errors into messages and exit codes.
+
+    Args:
+        stopped: the exit code of a run that was stopped.
+    """
     try:
         yield
     except ActdumpError as error:
-        _quit(str(error), error.code)
+        _quit(str(error), stopped if isinstance(error, Stopped) else error.code)
     except KeyboardInterrupt:
         _quit("interrupted; the same command goes on", 130)
     except BrokenPipeError:
@@ -87,31 +92,44 @@ def run(
     limit: Limit = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, show what would be done, write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another dump in the folder.")] = False,
+    worker: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N|off", help="Which of several workers this is; by default as SLURM or torchrun say.", show_default=False
+        ),
+    ] = None,
+    stop_after: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Stop by itself after 55m, 90s, 1h30m.", show_default=False)
+    ] = None,
+    stopped: Annotated[
+        int, typer.Option("--exit-code-stopped", min=1, max=255, help="The exit code of a run that was stopped.")
+    ] = Stopped.code,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors and the result.")] = False,
 ) -> None:
     """Run the model over the prompts and write the dump; prints the path of its manifest."""
-    with _quitting():
+    with _quitting(stopped):
+        from actdump.worker import StopSignals, seconds, which
+
+        this = which(worker, os.environ)
+        signals = StopSignals(None if stop_after is None else seconds(stop_after))
         loaded = _load(spec, sets, limit)
         root = _root(loaded, output)
         with _located(loaded):
             if dry_run:
                 _show_forecast(loaded, root, as_json, quiet)
             else:
-                _run(loaded, root, overwrite, as_json, quiet)
+                _run(loaded, root, overwrite, this, signals, as_json, quiet)
 
 
-def _run(spec: "Spec", root: Path, overwrite: bool, as_json: bool, quiet: bool) -> None:
+def _run(
+    spec: "Spec", root: Path, overwrite: bool, worker: "Worker", signals: "StopSignals", as_json: bool, quiet: bool
+) -> None:
     from actdump import console, job
-    from actdump.worker import StopSignals
 
     console.start_logging(quiet)
-    with StopSignals() as signals:
-        if quiet:
-            outcome = job.run(spec, root, overwrite=overwrite, stopping=lambda: signals.asked)
-        else:
-            with console.Bar() as bar:
-                outcome = job.run(spec, root, overwrite=overwrite, watcher=bar, stopping=lambda: signals.asked)
+    with signals, nullcontext() if quiet else console.Bar() as bar:
+        outcome = job.run(spec, root, overwrite=overwrite, worker=worker, watcher=bar, stopping=lambda: signals.asked)
     manifest = outcome.manifest
     if not quiet:
         counts = f"{console.counted(manifest.prompts, 'prompt')}, {console.counted(manifest.tokens, 'token')}"
@@ -262,4 +280,19 @@ def schema() -> None:
 
 def main() -> None:
     """The entry point."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        _end_now(end.code)
+        raise
+
+
+def _end_now(code: str | int | None) -> None:
+    """End without waiting for what a stop abandoned, such as a model that is being loaded."""
+    if "actdump.job" in sys.modules:
+        from actdump import job
+
+        if job.abandoned():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else 1)

@@ -103,11 +103,16 @@ class Bar:
         speed = self.tokens / max(now - self.began, 1e-9)
         written = self.bytes * self.tokens / max(self.all_tokens, 1)
         rate = f"{speed:,.0f} tokens/s  {size(written)}"
-        self.progress.update(self.task, advance=prompts, rate=rate)
+        self.progress.update(self.task, description="capturing", advance=prompts, rate=rate)
         if not err.is_terminal and now - self.said >= EVERY:
             self.said = now
             left = (self.all_tokens - self.tokens) / max(speed, 1e-9)
             err.print(f"{self.prompts:,} of {self.total:,} prompts  {rate}  {left:,.0f} s left")
+
+    def elsewhere(self, part: Part) -> None:
+        self.total -= part.prompts
+        self.all_tokens -= part.tokens
+        self.progress.update(self.task, advance=part.prompts)
 
 
 def _plain_table(*headings: str, right: Sequence[str] = ()) -> Table:

@@ -66,18 +66,36 @@ class Folder:
     def record(self, number: int) -> Path:
         return self.shards / f"{number:05d}.json"
 
+    @property
+    def lock(self) -> Path:
+        """The lock of the worker that decides about the folder as a whole."""
+        return self.root / ".actdump-lock"
+
+    def claim(self, number: int) -> Path:
+        """The lock of the worker that writes a shard."""
+        return self.shards / f".{number:05d}.actdump-lock"
+
+    def worker(self, process: str) -> Path:
+        """The lock that a worker holds as long as it works in the folder."""
+        return self.root / f".{process}.actdump-worker"
+
     def written_by_us(self, path: Path) -> bool:
         """Whether a path is one that a dump consists of, finished or not."""
         inside = path.relative_to(self.root).as_posix()
         return bool(_OURS.fullmatch(inside) or TEMPORARY.fullmatch(path.name))
 
 
-_OURS = re.compile(r"plan\.json|manifest\.json|prompts\.jsonl|plan\.tokens|shards|shards/\d{5,}\.(safetensors|json)")
-TEMPORARY = re.compile(r"\.(.+)\.(\d+)\.actdump-tmp")
+_PROCESS = r"(?P<process>\d+-[0-9a-f]{8}-.+)"
+TEMPORARY = re.compile(rf"\..+?\.{_PROCESS}\.actdump-tmp")
+WORKER = re.compile(rf"\.{_PROCESS}\.actdump-worker")
+_OURS = re.compile(
+    r"plan\.json|manifest\.json|prompts\.jsonl|plan\.tokens|shards|shards/\d{5,}\.(safetensors|json)"
+    rf"|\.actdump-lock|shards/\.\d{{5,}}\.actdump-lock|{WORKER.pattern}"
+)
 
 
-def temporary(final: Path, process: int) -> Path:
-    """Where a file is written before it gets its final name: in the same folder, hidden, marked with the process."""
+def temporary(final: Path, process: str) -> Path:
+    """Where a file is written before it gets its final name: in the same folder, hidden, marked with the process's name."""
     return final.with_name(f".{final.name}.{process}.actdump-tmp")
 
 

@@ -41,15 +41,14 @@ class Inputs:
 
     @contextmanager
     def hashing(self) -> Iterator[Callable[[], dict[str, str]]]:
-        """sha256 of each, computed in threads while the block runs, and given up where it fails; a call gives the result."""
-        failed = Event()
+        """sha256 of each, computed in threads while the block runs, and given up when it ends; a call gives the result."""
+        ended = Event()
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="actdump-hash") as threads:
-            found = {role: threads.submit(sha256, path, failed.is_set) for role, path in self.files.items()}
+            found = {role: threads.submit(sha256, path, ended.is_set) for role, path in self.files.items()}
             try:
                 yield lambda: {role: future.result() for role, future in found.items()}
-            except BaseException:
-                failed.set()
-                raise
+            finally:
+                ended.set()
 
     def same(self, stamps: Mapping[str, Any], hashes: Mapping[str, str]) -> bool:
         """Whether the files are those of earlier stamps and hashes; only files whose stamp changed are read."""

@@ -123,8 +123,12 @@ def test_axes_of_a_column_survive_json(dims):
         ("plan.json", True),
         ("shards/00012.safetensors", True),
         ("shards/123456.json", True),
-        ("shards/.00012.safetensors.77.actdump-tmp", True),
-        (".plan.json.1.actdump-tmp", True),
+        ("shards/.00012.safetensors.77-0123abcd-host.far.away.actdump-tmp", True),
+        (".plan.json.1-0123abcd-host.actdump-tmp", True),
+        (".1-0123abcd-host.actdump-worker", True),
+        (".actdump-lock", True),
+        ("shards/.00012.actdump-lock", True),
+        ("shards/.mine.actdump-lock", False),
         ("shards/notes.txt", False),
         ("00012.safetensors", False),
         ("plan.json.bak", False),
@@ -139,6 +143,7 @@ def test_a_folder_knows_which_files_are_its_own(path, ours):
 def test_every_name_that_a_folder_gives_is_its_own():
     folder = form.Folder(Path("out"))
     named = [folder.plan, folder.manifest, folder.prompts, folder.tokens, folder.shards, folder.shard(3), folder.record(10**6)]
-    for path in [*named, *(form.temporary(path, 41) for path in named)]:
+    named += [folder.lock, folder.claim(3), folder.claim(10**6), folder.worker("41-0123abcd-host")]
+    for path in [*named, *(form.temporary(path, "41-0123abcd-host") for path in named)]:
         assert folder.written_by_us(path)
-    assert form.temporary(folder.shard(3), 41).parent == folder.shards
+    assert form.temporary(folder.shard(3), "41-0123abcd-host").parent == folder.shards

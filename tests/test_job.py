@@ -433,7 +433,7 @@ def test_a_cast_that_overflows_seals_nothing(tmp_path, monkeypatch):
             module.transformer.h[0].mlp.c_proj.bias.fill_(1e5)
         return bound
 
-    monkeypatch.setattr("actdump.job.loop.bind", large)
+    monkeypatch.setattr("actdump.job.planning.bind", large)
     spec = make_spec(save={"mlp": {"address": "transformer.h[0].mlp.output", "dtype": "float16"}})
     with pytest.raises(DataError, match="too large for float16"):
         job.run(spec, tmp_path / "out")

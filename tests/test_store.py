@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 import stat
 import struct
 import threading
@@ -95,7 +96,7 @@ def mode(path):
 def test_a_shard_is_a_safetensors_file_with_its_header_first(folder):
     plan = take_in(folder)
     shard = pending(folder, plan)
-    hidden = temporary(folder.shard(0), os.getpid())
+    hidden = temporary(folder.shard(0), store.me())
     assert hidden.stat().st_size == shard.layout.size  # all of it is allocated before the first row
     length = struct.unpack("<Q", hidden.read_bytes()[:8])[0]
     header = json.loads(hidden.read_bytes()[8 : 8 + length])
@@ -320,9 +321,9 @@ def test_an_intake_that_is_broken_off_leaves_nothing(folder):
 def test_temporary_files_of_dead_processes_are_swept_and_others_stay(folder):
     folder.shards.mkdir()
     dead, own, parents, other = (
-        temporary(folder.shard(0), 2**22 + 1),
-        temporary(folder.shard(1), os.getpid()),
-        temporary(folder.plan, os.getppid()),
+        temporary(folder.shard(0), f"{2**22 + 1}-0123abcd-{platform.node()}"),
+        temporary(folder.shard(1), store.me()),
+        temporary(folder.plan, f"{os.getppid()}-0123abcd-{platform.node()}"),
         folder.root / ".hidden",
     )
     for path in (dead, own, parents, other):

@@ -18,6 +18,9 @@ class Watcher(Protocol):
     def batch(self, prompts: int, tokens: int) -> None:
         """A batch went through the model."""
 
+    def elsewhere(self, part: Part) -> None:
+        """Another worker has done a part."""
+
 
 class Silent:
     """Tells nobody."""
@@ -27,3 +30,5 @@ class Silent:
     def planned(self, plan: Plan, done: Sequence[Part]) -> None: ...
 
     def batch(self, prompts: int, tokens: int) -> None: ...
+
+    def elsewhere(self, part: Part) -> None: ...

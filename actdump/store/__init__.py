@@ -4,18 +4,24 @@ Every file is written under a temporary name in its own folder, flushed to the d
 name is whole. A part is done when its record is there, which is written after its shard.
 """
 
-from actdump.store.files import busy, free_space, storage, sweep, write_atomically
+from actdump.store.crew import WAIT, Crew, at_work
+from actdump.store.files import being_written, free_space, storage, sweep, write_atomically
 from actdump.store.intake import Intake, part_tokens
+from actdump.store.locks import Lock, me, number_and_host
 from actdump.store.shards import AHEAD, Pending, Pendings, Writer, gathered, metadata, seal
 from actdump.store.standing import check_free, check_space, clear, complete, done, has_tokens, load_plan
 
 __all__ = [
     "AHEAD",
+    "WAIT",
+    "Crew",
     "Intake",
+    "Lock",
     "Pending",
     "Pendings",
     "Writer",
-    "busy",
+    "at_work",
+    "being_written",
     "check_free",
     "check_space",
     "clear",
@@ -25,7 +31,9 @@ __all__ = [
     "gathered",
     "has_tokens",
     "load_plan",
+    "me",
     "metadata",
+    "number_and_host",
     "part_tokens",
     "seal",
     "storage",

@@ -4,11 +4,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from actdump.errors import StorageError
-from actdump.format import TEMPORARY, Folder, temporary
+from actdump.format import TEMPORARY, WORKER, Folder, temporary
+from actdump.store.locks import Lock, NoLocksError, gone, me
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 @contextmanager
 def renamed(path: Path) -> Iterator[int]:
     """A new file under a temporary name; flushed and renamed when the block ends well, and removed when it does not."""
-    hidden = temporary(path, os.getpid())
+    hidden = temporary(path, me())
     descriptor = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         yield descriptor
@@ -75,31 +76,27 @@ def standing_place(path: Path) -> Path:
 
 
 def sweep(folder: Folder) -> None:
-    """Remove temporary files of processes that are gone."""
-    for path, process in temporaries(folder):
-        if not alive(process):
+    """Remove what processes left that are gone: temporary files, and their locks."""
+    left = {path: process for place in (folder.root, folder.shards) for path, process in _marked(place)}
+    dead = {process for process in set(left.values()) if gone(folder, process)}
+    for path, process in left.items():
+        if process in dead and path != folder.worker(me()):
             path.unlink(missing_ok=True)
+    for path in folder.shards.glob(".*.actdump-lock"):
+        with suppress(NoLocksError):
+            if (claim := Lock.take(path, me())) is not None:
+                claim.remove()
 
 
-def busy(folder: Folder) -> bool:
-    """Whether a process of this machine is writing into the folder."""
-    return any(alive(process) for _, process in temporaries(folder))
+def being_written(folder: Folder) -> int:
+    """How many bytes the temporary files of the shards take."""
+    with suppress(FileNotFoundError):
+        return sum(path.stat().st_size for path, _ in _marked(folder.shards))
+    return 0  # one of them got its final name
 
 
-def temporaries(folder: Folder) -> Iterator[tuple[Path, int]]:
-    for place in (folder.root, folder.shards):
-        for path in place.glob(".*.actdump-tmp") if place.is_dir() else ():
-            if found := TEMPORARY.fullmatch(path.name):
-                yield path, int(found[2])
-
-
-def alive(process: int) -> bool:
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _marked(place: Path) -> Iterator[tuple[Path, str]]:
+    """The files in a folder that are marked with a process, and its name."""
+    for path in place.iterdir() if place.is_dir() else ():
+        if found := TEMPORARY.fullmatch(path.name) or WORKER.fullmatch(path.name):
+            yield path, found["process"]

@@ -17,6 +17,7 @@ from actdump.format import Folder, temporary
 from actdump.plan import Part, Plan
 from actdump.prompts import Prompt
 from actdump.store.files import flush_folder, storage, to_json, write_atomically
+from actdump.store.locks import me
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +49,7 @@ class Intake:
 
     def _open(self, final: Path) -> Any:
         with storage(final):
-            return temporary(final, os.getpid()).open("wb")
+            return temporary(final, me()).open("wb")
 
     def add(self, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> None:
         """Take the next prompts.
@@ -96,7 +97,7 @@ class Intake:
             write_atomically(self.folder.plan, to_json({**as_json(plan), "stamps": stamps}))
         with storage(self.folder.root):
             for final in (self.folder.tokens, self.folder.prompts):
-                os.replace(temporary(final, os.getpid()), final)
+                os.replace(temporary(final, me()), final)
             flush_folder(self.folder.root)
 
     def __enter__(self) -> Self:
@@ -106,7 +107,7 @@ class Intake:
         self.spool.close()
         for file, final in ((self.tokens, self.folder.tokens), (self.lines, self.folder.prompts)):
             file.close()
-            temporary(final, os.getpid()).unlink(missing_ok=True)
+            temporary(final, me()).unlink(missing_ok=True)
         with suppress(OSError):  # it holds something
             self.folder.root.rmdir()
 

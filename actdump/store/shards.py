@@ -26,6 +26,7 @@ from actdump.inputs import sha256 as file_sha256
 from actdump.plan import Column, Part, Plan
 from actdump.statistics import Statistics, merged
 from actdump.store.files import flush_folder, storage, to_json, write, write_atomically
+from actdump.store.locks import me
 from actdump.store.standing import done
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Pending:
         lengths = [len(prompt) for prompt in ids]
         self.folder, self.plan, self.part = folder, plan, part
         self.final = folder.shard(part.number)
-        self.hidden = temporary(self.final, os.getpid())
+        self.hidden = temporary(self.final, me())
         self.layout = shard_layout(plan.columns, lengths, metadata(plan, part))
         self.ids, self.lengths = ids, lengths
         self.missing = set(range(len(ids)))
@@ -116,6 +117,9 @@ class Pending:
         with storage(self.final):
             os.fsync(self.descriptor)
             digest = file_sha256(self.hidden)
+            if (earlier := done(self.folder, self.part, self.plan.digest)) is not None:  # another worker's; there are no locks
+                self.discard()
+                return earlier
             self._close()
             os.replace(self.hidden, self.final)
             flush_folder(self.final.parent)

@@ -16,6 +16,7 @@ SECTIONS = {
     "planning": "a million prompts against the tokenizer alone",
     "explore": "what is fastest here: dtype, threads, batch budget, attention",
     "audit": "its share of A",
+    "workers": "A by two workers; the share of locks, plan and records",
     "gpu": "a model of 3 billion parameters on a GPU",
 }
 

@@ -1,0 +1,168 @@
+"""From prompts to a plan in the folder. Mistakes in addresses and prompts are found before the weights are loaded."""
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from actdump import store
+from actdump.errors import DataError, OccupiedError
+from actdump.format import plan_to_json
+from actdump.job.bound import Bound, bind, bind_early, budget_for
+from actdump.job.feeding import cut, tokenised, tokenizer_for
+from actdump.job.standing import standing
+from actdump.job.underway import Job
+from actdump.plan import Plan, make
+from actdump.spec import ModelSpec, Spec
+
+if TYPE_CHECKING:
+    from actdump.model import Source
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep the garbage collector still, and later from looking at what came: until `gc.unfreeze`.
+
+    What is imported and loaded stays. Looking through it again and again in vain took a sixth of the time to the first batch.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if collecting:
+            gc.enable()
+
+
+@uncollected()
+def source_of(job: Job) -> "Source":
+    """The model before its weights; wrong addresses are found here, where the model class can be made without them."""
+    from actdump import model
+
+    job.watcher.step("reading the model's config")
+    source = model.find(_on_own_device(job.spec.model, job.worker.local))
+    bind_early(job.spec, source)
+    return source
+
+
+def _on_own_device(spec: ModelSpec, local: int | None) -> ModelSpec:
+    """Where several devices are seen, and none is named, each worker of a machine takes one of its own."""
+    import torch
+
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if spec.device != "auto" or spec.device_map is not None or local is None or device is None:
+        return spec
+    return spec.model_copy(update={"device": f"{device.type}:{local % torch.accelerator.device_count()}"})
+
+
+@uncollected()
+def loaded(job: Job, source: "Source") -> Bound:
+    from actdump import model
+
+    job.watcher.step("loading the model")
+    module = job.patiently(lambda: model.load(source))
+    job.check_stop()
+    bound = bind(job.spec, source, module)
+    job.check_stop()
+    return bound
+
+
+def planned(job: Job, crew: store.Crew) -> tuple[Plan, Bound | None]:
+    """The plan: that in the folder, or a new one, which one worker makes while the others load the model and wait.
+
+    Returns:
+        The plan, and the model with the taps bound to it; `None` where another worker finished the dump in the meantime.
+
+    Raises:
+        OccupiedError: the folder holds another dump, or another run is at work on one.
+    """
+    bound = None
+
+    def waiting() -> None:
+        nonlocal bound
+        if bound is None:
+            bound = loaded(job, source)
+            job.watcher.step("waiting for another worker")
+        job.check_stop()
+
+    with job.sources.hashing() as hashes:
+        source = source_of(job)
+        with crew.deciding(waiting):
+            found = standing(job)
+            if found is not None and store.complete(job.folder, found):
+                return found, None
+            _enter(job, crew, found)
+            if found is None or not store.has_tokens(job.folder, found):
+                return take_in(job, crew, source, hashes, found, bound)
+    return found, bound or loaded(job, source)
+
+
+def _enter(job: Job, crew: store.Crew, found: Plan | None) -> None:
+    """Be one of the workers on the plan that was found, or the first on a new one.
+
+    Raises:
+        OccupiedError: others are at work on the dump that is to be replaced.
+    """
+    if found is None and job.folder.plan.exists() and (others := crew.others()):
+        number, host = store.number_and_host(others[0])
+        raise OccupiedError(
+            f"{job.folder.root}: another run (process {number} on {host}) is at work on another dump there; wait, or stop it"
+        )
+    with store.storage(job.folder.root, "swept"):
+        store.sweep(job.folder)
+        if found is not None:
+            job.folder.manifest.unlink(missing_ok=True)  # what it says of parts that are made anew may become wrong
+    crew.join()
+
+
+def take_in(
+    job: Job,
+    crew: store.Crew,
+    source: "Source",
+    hashes: Callable[[], dict[str, str]],
+    found: Plan | None,
+    bound: Bound | None,
+) -> tuple[Plan, Bound]:
+    """Tokenise all prompts, load the model, and write plan, tokens and prompts; with a plan found, only what is missing."""
+    folder = job.folder
+    job.watcher.step("tokenising")
+    with uncollected():
+        tokenizer = tokenizer_for(job.spec, source)
+    with store.Intake(folder) as intake:
+        for prompts, ids in tokenised(job.spec, source, tokenizer, job.stdin):
+            job.check_stop()
+            intake.add(prompts, ids)
+        bound = bound or loaded(job, source)
+        parts = cut(job.spec, bound, intake.lengths, job.stdin)
+        intake.place(parts)
+        if found is None and not crew.locks:  # another worker may have made the plan in the meantime
+            found = standing(job)
+        facts = facts_of(job.spec, bound, job.patiently(hashes), intake.facts)
+        plan = make(facts, bound.columns, parts, found.budget if found else budget_for(job.spec, source))
+        if found is not None and plan.digest != found.digest:
+            raise DataError(
+                f"{folder.root}: the prompts' tokens are not those of the plan in the folder; use the versions that made it"
+            )
+        if found is None:
+            store.check_space(folder, sum(part.bytes for part in plan.parts))
+            store.clear(folder)
+        intake.commit(plan if found is None else None, job.sources.stamps(), plan_to_json)
+    return plan, bound
+
+
+def facts_of(spec: Spec, bound: Bound, hashes: Mapping[str, str], taken: Mapping[str, Any]) -> dict[str, Any]:
+    config: Any = bound.module.config
+    return {
+        "spec": spec.decisive(),
+        "inputs": dict(hashes),
+        **taken,
+        "model": {
+            "name": spec.model.source or str(config.model_type),
+            "commit": bound.source.commit,
+            "class": type(bound.module).__name__,
+            "dtype": str(bound.source.dtype).removeprefix("torch."),
+            "attn_implementation": getattr(config, "_attn_implementation", None),
+            "masked": bound.feed.masked,
+        },
+    }

@@ -1,0 +1,74 @@
+"""A run that is under way."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Thread, enumerate
+from typing import TypeVar
+
+from actdump.errors import Stopped
+from actdump.format import Folder
+from actdump.inputs import Inputs
+from actdump.job.provenance import now
+from actdump.job.watching import Watcher
+from actdump.spec import Spec
+from actdump.worker import Worker
+
+T = TypeVar("T")
+LOOK = 0.1  # seconds between two looks whether to stop
+_THREAD = "actdump-abandonable"
+
+
+@dataclass
+class Job:
+    """A run that is under way.
+
+    Attributes:
+        sources: the files that the dump is made from; stdin: where standard input was kept.
+        overwrite: whether to replace another dump.
+        stopping: whether somebody asked for a stop.
+        began: when it began, on the monotonic clock; started: the same as a date.
+    """
+
+    spec: Spec
+    folder: Folder
+    sources: Inputs
+    stdin: Path | None
+    worker: Worker
+    overwrite: bool
+    watcher: Watcher
+    stopping: Callable[[], bool]
+    began: float
+    started: str = field(default_factory=now)
+
+    def check_stop(self) -> None:
+        """Raises:
+        Stopped: asked to stop.
+        """
+        if self.stopping():
+            raise Stopped(f"{self.folder.root}: stopped before the end; the same command goes on with it")
+
+    def patiently(self, do: Callable[[], T]) -> T:
+        """Do something slow that leaves nothing behind, in a thread, because nothing breaks it off: a stop abandons it.
+
+        Raises:
+            Stopped: asked to stop; the thread may still run.
+        """
+        future: Future[T] = Future()
+        Thread(target=_fulfil, args=(future, do), name=_THREAD, daemon=True).start()
+        while not wait([future], LOOK).done:
+            self.check_stop()
+        return future.result()
+
+
+def _fulfil(future: "Future[T]", do: Callable[[], T]) -> None:
+    try:
+        future.set_result(do())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def abandoned() -> bool:
+    """Whether a thread that a stop abandoned still runs: the interpreter cannot end well then, only the process can."""
+    return any(thread.name == _THREAD for thread in enumerate())

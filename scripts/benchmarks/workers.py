@@ -1,0 +1,111 @@
+"""What several workers gain, and what it costs to share the work out."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from actdump import store
+from actdump.spec import Spec
+from actdump.store import shards
+from benchmarks import child
+from benchmarks.rounds import Figure, Goal, in_turns, ratio, timed, times
+from benchmarks.running import Dumping, spec_of
+from benchmarks.setting import Setting, say
+from benchmarks.subject import FOLDER, A, tokenizer
+from benchmarks.texts import Prompts, mixed
+
+ONE, TWO = "one process, two threads", "two workers, one thread each"
+PARTS_TO_SHARE = 16
+PARTS = 200  # of the run whose overhead is measured
+# What is only done so that a run can be shared out, gone on with and described.
+OVERHEAD = (
+    (store.Crew, "_take"),
+    (store.Lock, "remove"),
+    (store.Intake, "place"),
+    (store.Intake, "commit"),
+    (store, "done"),
+    (shards, "write_atomically"),
+)
+
+
+def measure(setting: Setting) -> Iterator[Figure]:
+    """Task A from the command to its end, by two workers and by one process; and the share of its overhead in many parts."""
+    prompts = mixed(tokenizer(), setting.some(512, 12))
+    for dtype in setting.dtypes:
+        say(dtype)
+        yield from _two_workers(setting, prompts, dtype)
+        yield from _overhead(setting, prompts, dtype)
+
+
+def _spec(setting: Setting, prompts: Prompts, dtype: str, parts: int) -> Spec:
+    tokens = max(prompts.tokens // parts, 1)
+    return spec_of(A, {"name": str(FOLDER), "dtype": dtype}, setting.saved(prompts), shard={"tokens": tokens})
+
+
+def _two_workers(setting: Setting, prompts: Prompts, dtype: str) -> Iterator[Figure]:
+    file, out = setting.scratch / "workers.json", setting.scratch / "workers"
+    spec = _spec(setting, prompts, dtype, PARTS_TO_SHARE)
+    file.write_text(json.dumps(spec.model_dump(mode="json", exclude_defaults=True)))
+    sides = {
+        ONE: timed(lambda: _run(file, out, threads=2, workers=1)),
+        TWO: timed(lambda: _run(file, out, threads=1, workers=2)),
+    }
+    taken = in_turns(sides, setting.rounds)
+    yield from times(taken, dtype)
+    yield ratio(f"{dtype}: two workers / one process", taken, TWO, ONE, Goal("at most", 1.1))
+
+
+def _run(spec: Path, out: Path, threads: int, workers: int) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-c", child.CLI, "run", str(spec), "-o", str(out), "-q", "--worker"]
+    try:
+        running = [
+            subprocess.Popen([*command, f"{index}/{workers}"], env=environment, stdout=subprocess.DEVNULL)
+            for index in range(workers)
+        ]
+        codes = [process.wait() for process in running]
+        if any(codes):
+            raise RuntimeError(f"the workers ended with {codes}")
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def _overhead(setting: Setting, prompts: Prompts, dtype: str) -> Iterator[Figure]:
+    run = Dumping(_spec(setting, prompts, dtype, PARTS), setting.scratch / "dump")
+    each = []
+    for _ in range(setting.rounds):
+        with _clocked() as spent:
+            seconds = run()
+        each.append(100 * sum(spent) / seconds)
+    yield Figure(f"{dtype}: locks, plan and records of {PARTS} parts", median(each), "%", tuple(each), Goal("at most", 1))
+
+
+@contextmanager
+def _clocked() -> Iterator[list[float]]:
+    """While the block runs, what makes up the overhead says how long it took."""
+    spent: list[float] = []
+    with ExitStack() as stack:
+        for owner, name in OVERHEAD:
+            real = getattr(owner, name)
+            setattr(owner, name, _clock(real, spent))
+            stack.callback(setattr, owner, name, real)
+        yield spent
+
+
+def _clock(real: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
+    def clocked(*args: Any, **kwargs: Any) -> Any:
+        began = perf_counter()
+        try:
+            return real(*args, **kwargs)
+        finally:
+            spent.append(perf_counter() - began)
+
+    return clocked
