@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -104,27 +105,39 @@ def run(
     stopped: Annotated[
         int, typer.Option("--exit-code-stopped", min=1, max=255, help="The exit code of a run that was stopped.")
     ] = Stopped.code,
+    depfile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the files that the dump depends on, for make.", show_default=False),
+    ] = None,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors and the result.")] = False,
 ) -> None:
     """Run the model over the prompts and write the dump; prints the path of its manifest."""
     with _quitting(stopped):
+        from actdump import dependencies
         from actdump.worker import StopSignals, seconds, which
 
         this = which(worker, os.environ)
         signals = StopSignals(None if stop_after is None else seconds(stop_after))
+        if depfile is not None and depfile.is_dir():
+            raise UsageError(f"--depfile: `{depfile}` is a folder; name a file")
+        time = dependencies.time_of(spec)
         loaded = _load(spec, sets, limit)
         root = _root(loaded, output)
         with _located(loaded):
             if dry_run:
                 _show_forecast(loaded, root, as_json, quiet)
             else:
-                _run(loaded, root, overwrite, this, signals, as_json, quiet)
+                files = dependencies.of(loaded, spec, time)
+                manifest = _run(loaded, root, overwrite, this, signals, as_json, quiet)
+                files.date(manifest)
+                if depfile is not None:
+                    files.write(depfile, manifest)
 
 
 def _run(
     spec: "Spec", root: Path, overwrite: bool, worker: "Worker", signals: "StopSignals", as_json: bool, quiet: bool
-) -> None:
+) -> Path:
     from actdump import console, job
 
     console.start_logging(quiet)
@@ -140,6 +153,7 @@ def _run(
               "tokens": manifest.tokens, "bytes": manifest.bytes, "seconds": round(outcome.seconds, 3),
               "audit": console.audit_totals(manifest.audit)}  # fmt: skip
     typer.echo(json.dumps(result) if as_json else outcome.path)
+    return outcome.path
 
 
 @app.command()
@@ -174,6 +188,41 @@ def _show_forecast(spec: "Spec", root: Path, as_json: bool, quiet: bool) -> None
         ("size", f"{forecast.bytes:,} bytes; {free:,} are free at {root}{fits}"),
         ("probed", "with weights" if forecast.weighed else "without weights, by shapes; a run also checks values"),
     ]))  # fmt: skip
+
+
+@app.command()
+def explain(spec: SpecFile, output: Output = None, sets: Sets = None, limit: Limit = None, as_json: Json = False) -> None:
+    """Say what a run would find in its folder: nothing yet, its own dump, or another one and what differs."""
+    with _quitting():
+        from actdump import console, job
+
+        loaded = _load(spec, sets, limit)
+        root = _root(loaded, output)
+        with _located(loaded):
+            found = job.explain(loaded, root)
+        if as_json:
+            typer.echo(json.dumps({"state": found.state, "reasons": found.reasons}))
+            return
+        for line in console.explanation(root, found):
+            console.out.print(line)
+
+
+@app.command()
+def status(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a dump.", show_default=False)], as_json: Json = False
+) -> None:
+    """Say how far a dump is: parts done, in hand and missing; exit code 0 only when it is complete, and 75 before."""
+    with _quitting():
+        from actdump import console, store
+        from actdump.format import Folder
+
+        found = store.status(Folder(out))
+        if as_json:
+            typer.echo(json.dumps(asdict(found)))
+        else:
+            console.table(console.facts_table(console.status_facts(found)))
+        if not found.complete:
+            raise typer.Exit(Stopped.code)
 
 
 @app.command()
@@ -267,6 +316,30 @@ def audit(
             return
         console.table(console.audit_table(found))
         console.out.print(f"{out}: {console.audit_words(found)}")
+
+
+@app.command()
+def diff(
+    first: Folder,
+    second: Folder,
+    atol: Annotated[float, typer.Option(help="How far apart two values may be.")] = 0.0,
+    rtol: Annotated[float, typer.Option(help="How large the relative error of a token may be.")] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Compare two dumps: prompts by id, taps by name, tokens one by one; exit code 65 if they differ by more than the limits."""
+    with _quitting():
+        from actdump import console, diff, reader
+
+        found = diff.compare(reader.open_dump(first), reader.open_dump(second), diff.Limits(atol, rtol))
+        if as_json:
+            typer.echo(json.dumps(diff.to_json(found)))
+        elif found.taps:
+            console.table(console.difference_table(found))
+        if found.faults:
+            raise DataError("\n".join(found.faults))
+        if not as_json:
+            counts = f"{console.counted(found.prompts, 'prompt')}, {console.counted(len(found.taps), 'tap')}"
+            typer.echo(f"{first} and {second}: the same within atol {atol:g} or rtol {rtol:g}: {counts}")
 
 
 @app.command()

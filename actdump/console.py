@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ from actdump.format import Manifest
 from actdump.plan import Column, Part, Plan
 
 if TYPE_CHECKING:
-    from actdump.job import Forecast
+    from actdump.diff import Comparison, Difference
+    from actdump.job import Explanation, Forecast
+    from actdump.store import Status
 
 out = Console(highlight=False, soft_wrap=True, markup=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -122,23 +125,21 @@ def _plain_table(*headings: str, right: Sequence[str] = ()) -> Table:
     return table
 
 
-def _shape(column: Column) -> str:
-    """What one prompt gives: `(tokens, 768)`."""
-    dims = [
-        str(dim) if isinstance(dim, int) else "tokens" if str(dim) == ":" else f"tokens[{dim}]" for dim in column.layout.dims
-    ]
-    return "(" + ", ".join(dims) + ("," if len(dims) == 1 else "") + ")"
-
-
 def _address(column: Column) -> str:
     return "" if column.name == column.address else column.address
+
+
+_RIGHT = (
+    "rows", "bytes", "compared", "differ", "not finite", "largest", "mean", "median", "99 %", "worst", "least cosine", "mean cosine",
+    "beyond",
+)  # fmt: skip
 
 
 def _taps_table(rows: Iterable[Mapping[str, str]]) -> Table:
     """A table of taps; a column in which nothing stands is left out."""
     listed = list(rows)
     headings = [heading for heading in listed[0] if any(row[heading] for row in listed)]
-    table = _plain_table(*headings, right=("rows", "bytes"))
+    table = _plain_table(*headings, right=_RIGHT)
     for row in listed:
         table.add_row(*(Text(row[heading]) for heading in headings))
     return table
@@ -154,7 +155,7 @@ def forecast_table(forecast: "Forecast") -> Table:
             "address": _address(column),
             "module": column.module,
             "axes": "(" + ", ".join(column.axes) + ")",
-            "a prompt": _shape(column),
+            "a prompt": column.layout.words,
             "dtype": column.layout.dtype,
             "rows": f"{rows:,}",
             "bytes": f"{count:,}",
@@ -176,7 +177,7 @@ def forecast_json(forecast: "Forecast", free: int) -> dict[str, Any]:
         rows, count = _rows_and_bytes(forecast, column)
         taps.append({
             "name": column.name, "address": column.address, "resolved": column.resolved, "module": column.module,
-            "axes": list(column.axes), "value": _shape(column), "dtype": column.layout.dtype, "rows": rows, "bytes": count,
+            "axes": list(column.axes), "value": column.layout.words, "dtype": column.layout.dtype, "rows": rows, "bytes": count,
         })  # fmt: skip
     return {
         "taps": taps, "prompts": plan.prompts, "tokens": plan.tokens, "padded_tokens": forecast.padded, "batches": forecast.batches,
@@ -194,7 +195,7 @@ def manifest_table(manifest: Manifest) -> Table:
             "address": _address(column),
             "module": column.module,
             "tokens": column.tokens,
-            "a prompt": _shape(column),
+            "a prompt": column.layout.words,
             "dtype": column.layout.dtype,
             "rows": f"{rows:,}",
             "bytes": size(rows * column.layout.row_bytes),
@@ -252,6 +253,67 @@ def audit_table(audit: Mapping[str, Any]) -> Table:
         errors = [f"{tap[name]:.2g}" for name in headings[3:]]
         table.add_row(Text(tap["name"]), *counts, *errors, *["agrees" if tap["witnessed"] else ""] * witnessed)
     return table
+
+
+def difference_table(comparison: "Comparison") -> Table:
+    """How far apart two dumps are at every tap; a column in which nothing stands is left out."""
+
+    def row(tap: "Difference") -> dict[str, str]:
+        figures = {"largest": tap.largest, "mean": tap.mean, "median": tap.median, "99 %": tap.high, "worst": tap.worst}
+        cosines = {"least cosine": tap.cosine, "mean cosine": tap.mean_cosine}
+        return {
+            "tap": tap.name,
+            "dtype": tap.dtypes[0] if tap.dtypes[0] == tap.dtypes[1] else " / ".join(tap.dtypes),
+            "compared": f"{tap.tokens:,}",
+            "differ": f"{tap.differing / max(tap.values, 1):.2%}",
+            "not finite": f"{tap.nonfinite:,}" if tap.nonfinite else "",
+            **{name: "" if figure is None else f"{figure:.2g}" for name, figure in figures.items()},
+            **{name: "" if figure is None else f"{figure:.6f}" for name, figure in cosines.items()},
+            "beyond": f"{tap.beyond:,}" if tap.beyond else "",
+        }
+
+    return _taps_table(map(row, comparison.taps))
+
+
+def explanation(root: Path, found: "Explanation") -> list[str]:
+    """What a run would find in its folder, and what follows."""
+    if found.state == "stale":
+        return [
+            f"{root}: stale: a run would refuse it, and with --overwrite replace it:",
+            *(f"  {why}" for why in found.reasons),
+        ]
+    follows = {
+        "new": "a run would begin a dump",
+        "unfinished": "a run would go on with it",
+        "up to date": "a run would leave it alone",
+    }
+    return [f"{root}: {found.state}: {follows[found.state]}"]
+
+
+def status_facts(status: "Status") -> list[tuple[str, str]]:
+    """How far a dump is."""
+    unsealed = not (status.complete or status.working or status.missing)
+    hands = ", ".join(f"{hand.part} (process {hand.process} on {hand.host})" for hand in status.working)
+    return [
+        ("state", "complete" if status.complete else "unfinished" + ": all parts are done, the same run seals it" * unsealed),
+        ("prompts", f"{status.prompts_done:,} of {status.prompts:,} done"),
+        ("parts", f"{status.parts:,}"),
+        ("done", _numbers(status.done)),
+        *([("in hand", f"{len(status.working):,}: {hands}")] if status.working else []),
+        *([("missing", _numbers(status.missing))] if status.missing else []),
+    ]
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    """How many numbers there are, and which, runs of them together: `4: 0-2, 7`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    which = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"{len(numbers):,}" + f": {which}" * bool(runs)
 
 
 def facts_table(rows: Iterable[tuple[str, str]]) -> Table:

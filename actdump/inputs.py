@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 from actdump.errors import MissingError
 from actdump.spec import ModelSpec, Spec
@@ -17,6 +17,8 @@ from actdump.spec import ModelSpec, Spec
 _MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py", ".tiktoken")
 _NOT_MODEL = ("optimizer", "scheduler", "training_args", "trainer_state", "rng_state", "README")
 
+Stamps = Mapping[str, list[int]]  # size and modification time (ns) of each file, by the part that it plays
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -24,8 +26,9 @@ class Inputs:
 
     files: Mapping[str, Path]
 
+    @cached_property
     def stamps(self) -> dict[str, list[int]]:
-        """Size and modification time of each, cheap to compare.
+        """Size and modification time of each, cheap to compare, as they were before any was read.
 
         Raises:
             MissingError: a file is not there.
@@ -43,6 +46,7 @@ class Inputs:
     def hashing(self) -> Iterator[Callable[[], dict[str, str]]]:
         """sha256 of each, computed in threads while the block runs, and given up when it ends; a call gives the result."""
         ended = Event()
+        _ = self.stamps  # what is written into a file from here on must not hide behind the hash of what it held
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="actdump-hash") as threads:
             found = {role: threads.submit(sha256, path, ended.is_set) for role, path in self.files.items()}
             try:
@@ -50,12 +54,17 @@ class Inputs:
             finally:
                 ended.set()
 
-    def same(self, stamps: Mapping[str, Any], hashes: Mapping[str, str]) -> bool:
-        """Whether the files are those of earlier stamps and hashes; only files whose stamp changed are read."""
-        now = self.stamps()
-        if now.keys() != hashes.keys():
-            return False
-        return all(now[role] == stamps.get(role) or sha256(path) == hashes[role] for role, path in self.files.items())
+    def changes(self, stamps: Stamps, hashes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+        """What other files play than those of earlier stamps and hashes: the part, and what became of it, in words.
+
+        Only files whose stamp changed are read, each when its answer is asked for.
+        """
+        now = self.stamps
+        for role in {**hashes, **now}:
+            if role not in now or role not in hashes:
+                yield role, "is gone" if role not in now else "is new"
+            elif now[role] != stamps.get(role) and sha256(self.files[role]) != hashes[role]:
+                yield role, "has changed"
 
 
 def of(spec: Spec, stdin: Path | None = None) -> Inputs:

@@ -47,6 +47,12 @@ class Layout:
             return ()
         return tuple(dim for dim in self.dims if isinstance(dim, int))
 
+    @property
+    def words(self) -> str:
+        """What one prompt gives, in words: `(tokens, 768)`."""
+        dims = [str(dim) if isinstance(dim, int) else "tokens" if dim == Slice() else f"tokens[{dim}]" for dim in self.dims]
+        return "(" + ", ".join(dims) + ("," if len(dims) == 1 else "") + ")"
+
     def shape(self, tokens: int) -> tuple[int, ...]:
         """The shape of the value of a prompt with that many tokens."""
         return tuple(len(dim.of(tokens)) if isinstance(dim, Slice) else dim for dim in self.dims)

@@ -16,6 +16,8 @@ from actdump.plan import Column
 if TYPE_CHECKING:
     import torch
 
+KEPT = 64  # shards that stay open
+
 
 def open_dump(path: str | Path) -> "Dump":
     """Open a finished dump.
@@ -104,6 +106,8 @@ class Dump:
         """The shard that holds a prompt, opened."""
         place = bisect_right(self._firsts, number) - 1
         if place not in self._open:
+            if len(self._open) == KEPT:
+                del self._open[next(iter(self._open))]
             self._open[place] = _OpenShard(self.folder, self.manifest.shards[place])
         return self._open[place]
 
@@ -194,9 +198,7 @@ class Values:
 
     def __repr__(self) -> str:
         layout = self.column.layout
-        dims = ", ".join("tokens" if not isinstance(dim, int) else str(dim) for dim in layout.dims)
-        comma = "," * (len(layout.dims) == 1)
-        return f"Values({self.column.name!r}: {len(self)} prompts of ({dims}{comma}), {layout.dtype})"
+        return f"Values({self.column.name!r}: {len(self)} prompts of {layout.words}, {layout.dtype})"
 
 
 class Rows:
@@ -267,7 +269,8 @@ class Prompts:
         return places[:-1]
 
     @cached_property
-    def _numbers(self) -> dict[str, int]:
+    def numbers(self) -> dict[str, int]:
+        """The number of each prompt by its id, in order."""
         with self.dump.folder.prompts.open("rb") as file:
             return {(line := json.loads(text))["id"]: line["number"] for text in file}
 
@@ -277,9 +280,9 @@ class Prompts:
         Raises:
             UsageError: there is none.
         """
-        if id not in self._numbers:
-            raise UsageError(f"there is no prompt with the id `{id}`{did_you_mean(id, self._numbers)}")
-        return self._numbers[id]
+        if id not in self.numbers:
+            raise UsageError(f"there is no prompt with the id `{id}`{did_you_mean(id, self.numbers)}")
+        return self.numbers[id]
 
     def __getitem__(self, key: int | str) -> PromptRecord:
         number = _number(key, self.dump)

@@ -233,7 +233,7 @@ def test_a_touched_input_is_read_again_and_a_changed_one_noticed(name, on_files,
     content = bytearray(path.read_bytes())
     content[-4] ^= 1  # of the same size, and later
     path.write_bytes(content)
-    with pytest.raises(OccupiedError, match="have changed"):
+    with pytest.raises(OccupiedError, match="has changed"):
         job.run(on_files, tmp_path / "out")
     assert snapshot(tmp_path / "out") == before
 
@@ -242,7 +242,7 @@ def test_a_new_file_in_the_models_folder_is_noticed(on_files, tmp_path):
     (tmp_path / "model" / "README.md").write_text("no part of the model")
     assert states(on_files, tmp_path / "out") == "up to date"
     (tmp_path / "model" / "adapter.safetensors").write_bytes(b"")
-    with pytest.raises(OccupiedError, match="have changed"):
+    with pytest.raises(OccupiedError, match="is new"):
         job.run(on_files, tmp_path / "out")
 
 

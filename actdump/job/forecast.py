@@ -44,7 +44,7 @@ def forecast(spec: Spec, watcher: Watcher | None = None) -> Forecast:
     watcher.step("tokenising")
     lengths = array("i")
     with standard_input(spec) as stdin:
-        inputs.of(spec, stdin).stamps()
+        _ = inputs.of(spec, stdin).stamps  # they are there
         for _, ids in tokenised(spec, bound.source, tokenizer_for(spec, bound.source), stdin):
             lengths.extend(map(len, ids))
         plan = make({}, bound.columns, cut(spec, bound, lengths, stdin), budget)

@@ -147,7 +147,7 @@ def take_in(
         if found is None:
             store.check_space(folder, sum(part.bytes for part in plan.parts))
             store.clear(folder)
-        intake.commit(plan if found is None else None, job.sources.stamps(), plan_to_json)
+        intake.commit(plan if found is None else None, job.sources.stamps, plan_to_json)
     return plan, bound
 
 

@@ -1,9 +1,53 @@
-"""The plan in a folder, and whether it is that of a spec."""
+"""What a folder is to a spec: nothing yet, its own dump, finished or not, or another one."""
 
-from actdump import store
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from actdump import inputs, store
 from actdump.errors import DataError, OccupiedError
+from actdump.format import Folder
+from actdump.job.feeding import standard_input
 from actdump.job.underway import Job
 from actdump.plan import Plan
+from actdump.spec import Spec
+
+MOST = 20  # differences that are told
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a run of a spec would find in its folder.
+
+    Attributes:
+        state: nothing that is in the way; this very dump, finished or not; another dump.
+        reasons: what makes it another dump.
+    """
+
+    state: Literal["new", "unfinished", "up to date", "stale"]
+    reasons: tuple[str, ...] = ()
+
+
+def explain(spec: Spec, root: Path) -> Explanation:
+    """Say what a run would find in the folder, and why.
+
+    Raises:
+        OccupiedError: it holds something that is no dump.
+        DataError: its plan cannot be read.
+        MissingError: an input is not there.
+    """
+    folder = Folder(root)
+    with standard_input(spec) as stdin:
+        sources = inputs.of(spec, stdin)
+        if (loaded := store.load_plan(folder)) is None:
+            store.check_free(folder, overwrite=False)
+            return Explanation("new")
+        plan, stamps = loaded
+        if reasons := tuple(islice(_reasons(spec, sources, plan, stamps), MOST)):
+            return Explanation("stale", reasons)
+    return Explanation("up to date" if store.complete(folder, plan) else "unfinished")
 
 
 def standing(job: Job) -> Plan | None:
@@ -19,11 +63,10 @@ def standing(job: Job) -> Plan | None:
     if loaded is None:
         return None
     plan, stamps = loaded
-    differs = difference(spec.decisive(), plan.facts["spec"])
-    if differs is None and not job.sources.same(stamps, plan.facts["inputs"]):
-        source = "standard input" if spec.prompts.file == "-" else "the prompt file"
-        differs = f"the model's files or {source} have changed"
+    differs = next(_reasons(spec, job.sources, plan, stamps), None)
     if differs is None:
+        if job.stdin is None:  # what was kept of standard input has no time of its own
+            store.restamp(folder, plan, stamps, job.sources.stamps)
         return plan
     if not overwrite:
         raise OccupiedError(
@@ -32,19 +75,29 @@ def standing(job: Job) -> Plan | None:
     return None
 
 
-def difference(now: object, before: object, key: str = "") -> str | None:
-    """The first place where two specs differ, in words."""
+def _reasons(spec: Spec, sources: inputs.Inputs, plan: Plan, stamps: inputs.Stamps) -> Iterator[str]:
+    """Why a plan is not that of a spec and its inputs, in words; large files are read only where the answer is asked for."""
+    yield from differences(spec.decisive(), plan.facts["spec"])
+    for role, how in sources.changes(stamps, plan.facts["inputs"]):
+        part, _, name = role.partition("/")
+        source = "standard input" if spec.prompts.file == "-" else "the prompt file"
+        yield f"the {part}'s file `{name}` {how}" if name else f"{source} {how}"
+
+
+def differences(now: object, before: object, key: str = "") -> Iterator[str]:
+    """The places where two specs differ, in words."""
     if now == before:
-        return None
+        return
     if isinstance(now, dict) and isinstance(before, dict):
-        names = [name for name in {**before, **now} if now.get(name) != before.get(name)]
-        return difference(now.get(names[0]), before.get(names[0]), f"{key}.{names[0]}".lstrip("."))
-    if isinstance(now, list) and isinstance(before, list):
-        if len(now) != len(before):
-            return f"`{key}` had {len(before)} entries and has {len(now)}"
-        place = next(place for place in range(len(now)) if now[place] != before[place])
-        return difference(now[place], before[place], f"{key}[{place}]")
-    return f"`{key}` was {_short(before)} and is {_short(now)}"
+        for name in {**before, **now}:
+            yield from differences(now.get(name), before.get(name), f"{key}.{name}".lstrip("."))
+    elif isinstance(now, list) and isinstance(before, list) and len(now) == len(before):
+        for place in range(len(now)):
+            yield from differences(now[place], before[place], f"{key}[{place}]")
+    elif isinstance(now, list) and isinstance(before, list):
+        yield f"`{key}` had {len(before)} entries and has {len(now)}"
+    else:
+        yield f"`{key}` was {_short(before)} and is {_short(now)}"
 
 
 def _short(value: object) -> str:

@@ -9,16 +9,19 @@ from actdump.store.files import being_written, free_space, storage, sweep, write
 from actdump.store.intake import Intake, part_tokens
 from actdump.store.locks import Lock, me, number_and_host
 from actdump.store.shards import AHEAD, Pending, Pendings, Writer, gathered, metadata, seal
-from actdump.store.standing import check_free, check_space, clear, complete, done, has_tokens, load_plan
+from actdump.store.standing import check_free, check_space, clear, complete, done, has_tokens, load_plan, restamp
+from actdump.store.status import Hand, Status, status
 
 __all__ = [
     "AHEAD",
     "WAIT",
     "Crew",
+    "Hand",
     "Intake",
     "Lock",
     "Pending",
     "Pendings",
+    "Status",
     "Writer",
     "at_work",
     "being_written",
@@ -35,7 +38,9 @@ __all__ = [
     "metadata",
     "number_and_host",
     "part_tokens",
+    "restamp",
     "seal",
+    "status",
     "storage",
     "sweep",
     "write_atomically",

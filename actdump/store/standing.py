@@ -5,9 +5,10 @@ import os
 from typing import Any
 
 from actdump.errors import DataError, OccupiedError, StorageError
-from actdump.format import VERSION, Folder, Shard, plan_from_json, shard_from_json
+from actdump.format import VERSION, Folder, Shard, plan_from_json, plan_to_json, shard_from_json
+from actdump.inputs import Stamps
 from actdump.plan import Part, Plan
-from actdump.store.files import free_space, standing_place, storage
+from actdump.store.files import free_space, standing_place, storage, to_json, write_atomically
 
 
 def load_plan(folder: Folder) -> tuple[Plan, dict[str, Any]] | None:
@@ -50,6 +51,12 @@ def complete(folder: Folder, plan: Plan) -> bool:
         return all(whole) and all(folder.record(part.number).name in found for part in plan.parts)
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def restamp(folder: Folder, plan: Plan, stamps: Stamps, now: Stamps) -> None:
+    """Note the times of inputs that were touched and found to be the same, so that they are not read again each time."""
+    if now != stamps:
+        write_atomically(folder.plan, to_json({**plan_to_json(plan), "stamps": now}))
 
 
 def check_free(folder: Folder, *, overwrite: bool) -> None:

@@ -1,0 +1,67 @@
+"""How far a dump is, from its folder alone: parts that are done, in hand, or missing."""
+
+from dataclasses import dataclass
+
+from actdump.errors import MissingError
+from actdump.format import Folder
+from actdump.store.crew import at_work
+from actdump.store.standing import complete, done, load_plan
+
+
+@dataclass(frozen=True)
+class Hand:
+    """A part that is being worked on, and by whom."""
+
+    part: int
+    process: int
+    host: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a dump is.
+
+    Attributes:
+        complete: every part is done, and the dump is sealed.
+        prompts, tokens: how many there are; `prompts_done`: those in parts that are done.
+        parts: how many there are.
+        done, missing: numbers of parts; a part in hand is in neither.
+        working: the parts in hand.
+    """
+
+    complete: bool
+    prompts: int
+    tokens: int
+    prompts_done: int
+    parts: int
+    done: tuple[int, ...]
+    working: tuple[Hand, ...]
+    missing: tuple[int, ...]
+
+
+def status(folder: Folder) -> Status:
+    """How far the dump in a folder is.
+
+    Raises:
+        MissingError: there is none.
+        DataError: its plan cannot be read.
+    """
+    if not folder.root.is_dir():
+        raise MissingError(f"{folder.root}: there is no such folder")
+    loaded = load_plan(folder)
+    if loaded is None:
+        raise MissingError(f"{folder.root}: it holds no dump, or one whose plan is still being made (there is no plan.json)")
+    plan, _ = loaded
+    finished = {part.number: part for part in plan.parts if done(folder, part, plan.digest)}
+    working = tuple(Hand(part, *who) for part, who in sorted(at_work(folder).items()) if part not in finished)
+    held = {hand.part for hand in working}
+    return Status(
+        complete(folder, plan),
+        plan.prompts,
+        plan.tokens,
+        sum(part.prompts for part in finished.values()),
+        len(plan.parts),
+        tuple(finished),
+        working,
+        tuple(part.number for part in plan.parts if part.number not in finished and part.number not in held),
+    )
