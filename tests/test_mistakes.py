@@ -743,22 +743,50 @@ def test_ctrl_c_once_stops_soon_and_the_same_command_goes_on() -> None:
     assert actdump("verify", "out").code == 0
 
 
-def test_ctrl_c_twice_ends_at_once() -> None:
+def test_a_run_that_waits_for_standard_input_stops_soon() -> None:
     Path("spec.yaml").write_text(with_file("-, format: jsonl"))
     with started("run", "spec.yaml", stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         process.stdin.write('{"input_ids": [1]}\n')
         process.stdin.flush()
         time.sleep(1.5)  # it has read the spec and waits for the rest
-        for _ in range(2):
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        process.wait(5)
+        out, err = process.communicate(timeout=5)
+    print(err)
+    assert process.returncode == 75
+    assert out == ""
+    assert err == "error: out: stopped before the end; the same command goes on with it\n"
+    assert nothing_left()
+
+
+SLEEPS = """
+import sys, time
+from actdump import engine
+from actdump.cli import main
+def capture(*_, **__):
+    print("in a batch", file=sys.stderr, flush=True)
+    time.sleep(60)
+engine.capture = capture
+main()
+"""
+
+
+def test_ctrl_c_twice_ends_at_once() -> None:
+    Path("spec.yaml").write_text(GOOD)
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", SLEEPS, "run", "spec.yaml"], stdout=pipe, stderr=pipe, text=True) as process:
+        wait_for(process, "in a batch")
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert process.poll() is None  # it waits for the end of the batch
+        process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=5)
     print(err)
     assert process.returncode == 130
     assert out == ""
     assert "Traceback" not in err
-    assert nothing_left()
+    assert nothing_finished()
 
 
 # ------------------------------------------------------------------------------------------------------------------ other commands

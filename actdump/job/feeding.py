@@ -1,16 +1,18 @@
 """Prompts on their way from the spec to tokens and parts."""
 
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from actdump import prompts
 from actdump.errors import SpecError
 from actdump.job.bound import Bound
+from actdump.job.underway import patiently
 from actdump.plan import Part, parts
 from actdump.spec import Spec
 
@@ -19,17 +21,24 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def standard_input(spec: Spec) -> Iterator[Path | None]:
-    """Keep what comes on standard input, because it is read more than once."""
+def standard_input(spec: Spec, check_stop: Callable[[], None] = lambda: None) -> Iterator[Path | None]:
+    """Keep what comes on standard input, because it is read more than once.
+
+    Args:
+        check_stop: called again and again while input may still come; it raises to end that.
+    """
     if spec.prompts.file != "-":
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="actdump-") as place:
         path = Path(place) / "stdin"
-        with path.open("wb") as file:
-            while piece := sys.stdin.buffer.read(1 << 20):
-                file.write(piece)
+        patiently(lambda: _copy(sys.stdin.buffer, path), check_stop)
         yield path
+
+
+def _copy(source: BinaryIO, path: Path) -> None:
+    with path.open("wb") as file:
+        shutil.copyfileobj(source, file, 1 << 20)
 
 
 def tokenised(

@@ -17,7 +17,7 @@ from actdump.job.planning import planned
 from actdump.job.provenance import circumstances
 from actdump.job.sealing import seal
 from actdump.job.standing import standing
-from actdump.job.underway import Job
+from actdump.job.underway import Job, check_stop
 from actdump.job.watching import Silent, Watcher
 from actdump.spec import Spec
 from actdump.worker import Worker
@@ -57,12 +57,12 @@ def run(
         Stopped: asked to stop; finished parts stay, and the same run goes on.
         ActdumpError: see the subclasses.
     """
-    began = monotonic()
-    with standard_input(spec) as stdin:
+    began, folder = monotonic(), Folder(root)
+    with standard_input(spec, lambda: check_stop(folder, stopping)) as stdin:
         sources = inputs.of(spec, stdin)
-        job = Job(spec, Folder(root), sources, stdin, worker or Worker(), overwrite, watcher or Silent(), stopping, began)
+        job = Job(spec, folder, sources, stdin, worker or Worker(), overwrite, watcher or Silent(), stopping, began)
         found = standing(job)
-        if found is not None and store.complete(job.folder, found):
+        if found is not None and store.complete(folder, found):
             return _ended(job, "up to date")
         return _go_on(job)
 

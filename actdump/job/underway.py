@@ -46,20 +46,36 @@ class Job:
         """Raises:
         Stopped: asked to stop.
         """
-        if self.stopping():
-            raise Stopped(f"{self.folder.root}: stopped before the end; the same command goes on with it")
+        check_stop(self.folder, self.stopping)
 
     def patiently(self, do: Callable[[], T]) -> T:
-        """Do something slow that leaves nothing behind, in a thread, because nothing breaks it off: a stop abandons it.
+        """Do something slow that leaves nothing behind, as `patiently` does.
 
         Raises:
-            Stopped: asked to stop; the thread may still run.
+            Stopped: asked to stop.
         """
-        future: Future[T] = Future()
-        Thread(target=_fulfil, args=(future, do), name=_THREAD, daemon=True).start()
-        while not wait([future], LOOK).done:
-            self.check_stop()
-        return future.result()
+        return patiently(do, self.check_stop)
+
+
+def check_stop(folder: Folder, stopping: Callable[[], bool]) -> None:
+    """Raises:
+    Stopped: asked to stop.
+    """
+    if stopping():
+        raise Stopped(f"{folder.root}: stopped before the end; the same command goes on with it")
+
+
+def patiently(do: Callable[[], T], check_stop: Callable[[], None]) -> T:
+    """Do something slow that leaves nothing behind, in a thread, because nothing breaks it off.
+
+    Args:
+        check_stop: called again and again; when it raises, the thread is abandoned.
+    """
+    future: Future[T] = Future()
+    Thread(target=_fulfil, args=(future, do), name=_THREAD, daemon=True).start()
+    while not wait([future], LOOK).done:
+        check_stop()
+    return future.result()
 
 
 def _fulfil(future: "Future[T]", do: Callable[[], T]) -> None:
