@@ -130,8 +130,8 @@ def _address(column: Column) -> str:
 
 
 _RIGHT = (
-    "rows", "bytes", "compared", "differ", "not finite", "largest", "mean", "median", "99 %", "worst", "least cosine", "mean cosine",
-    "beyond",
+    "rows", "bytes", "compared", "differ", "not finite", "largest", "mean", "rel. median", "rel. 99 %", "rel. worst", "least cosine",
+    "mean cosine", "beyond",
 )  # fmt: skip
 
 
@@ -259,15 +259,17 @@ def difference_table(comparison: "Comparison") -> Table:
     """How far apart two dumps are at every tap; a column in which nothing stands is left out."""
 
     def row(tap: "Difference") -> dict[str, str]:
-        figures = {"largest": tap.largest, "mean": tap.mean, "median": tap.median, "99 %": tap.high, "worst": tap.worst}
+        figures = {"largest": tap.largest, "mean": tap.mean}
+        errors = {"rel. median": tap.median, "rel. 99 %": tap.high, "rel. worst": tap.worst}
         cosines = {"least cosine": tap.cosine, "mean cosine": tap.mean_cosine}
         return {
             "tap": tap.name,
-            "dtype": tap.dtypes[0] if tap.dtypes[0] == tap.dtypes[1] else " / ".join(tap.dtypes),
+            "address": " / ".join(tap.addresses) if len(set(tap.addresses)) == 2 else "",
+            "dtype": " / ".join(dict.fromkeys(tap.dtypes)),
             "compared": f"{tap.tokens:,}",
             "differ": f"{tap.differing / max(tap.values, 1):.2%}",
             "not finite": f"{tap.nonfinite:,}" if tap.nonfinite else "",
-            **{name: "" if figure is None else f"{figure:.2g}" for name, figure in figures.items()},
+            **{name: "" if figure is None else f"{figure:.2g}" for name, figure in (figures | errors).items()},
             **{name: "" if figure is None else f"{figure:.6f}" for name, figure in cosines.items()},
             "beyond": f"{tap.beyond:,}" if tap.beyond else "",
         }

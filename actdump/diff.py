@@ -55,7 +55,7 @@ class Parting:
 
     def __str__(self) -> str:
         token = "" if self.token is None else f", token {self.token}"
-        one, other = (value if isinstance(value, str) else f"{value:.6g}" for value in self.values)
+        one, other = (value if isinstance(value, str) else f"{value:.9g}" for value in self.values)
         return f"prompt `{self.prompt}`{token}, {list(self.index)}: {one} and {other}"
 
 
@@ -64,7 +64,7 @@ class Difference:
     """How far apart two dumps are at one tap. A token is one vector; a value without a token axis counts as one.
 
     Attributes:
-        dtypes: the types on disk.
+        addresses, dtypes: where the values come from, and their types on disk, in the two dumps.
         tokens, values: how many were compared.
         beyond: how many tokens are beyond the limits.
         differing: how many values are not equal; NaN equals NaN.
@@ -79,6 +79,7 @@ class Difference:
     """
 
     name: str
+    addresses: tuple[str, str]
     dtypes: tuple[str, str]
     tokens: int
     values: int
@@ -342,14 +343,15 @@ class _Tally:
 
     @property
     def result(self) -> Difference:
-        dtypes = self.columns[0].layout.dtype, self.columns[1].layout.dtype
+        one, other = self.columns
+        places = self.name, (one.resolved, other.resolved), (one.layout.dtype, other.layout.dtype)
         counts = self.tokens, self.values, self.beyond, self.differing, self.nonfinite
         if not self.floating or not self.tokens:
-            return Difference(self.name, dtypes, *counts, None, None, None, None, None, None, None, self.first)
+            return Difference(*places, *counts, None, None, None, None, None, None, None, self.first)
         mean = self.sum / max(self.values - self.nonfinite, 1)
         errors = self.errors.quantile(0.5), self.errors.quantile(0.99), self.errors.worst
         cosines = self.cosine, self.cosines / self.tokens
-        return Difference(self.name, dtypes, *counts, self.largest, mean, *errors, *cosines, self.first)
+        return Difference(*places, *counts, self.largest, mean, *errors, *cosines, self.first)
 
 
 def _number(value: "Tensor") -> float | str:

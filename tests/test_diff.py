@@ -307,6 +307,14 @@ def test_the_command_says_what_is_so_and_ends_with_0_or_65(root, copy):
     assert command(root, copy, "--rtol", "0.011", code=0).stderr == ""
 
 
+def test_one_name_for_two_places_is_told(root, tmp_path):
+    """And their values are compared."""
+    other = make_dump(tmp_path / "out", save={"block": "transformer.h[0].output[0]"})
+    said = command(root, other, code=65)
+    assert "transformer.h[1].output[0] / transformer.h[0].output[0]" in said.stdout
+    assert "ends: in the first dump only" in said.stderr
+
+
 def test_the_command_as_json(root, copy):
     assert json.loads(command(root, copy, "--json", code=0).stdout)["same"] is True
     edit(copy, "block", lambda tensor: tensor * 1.01)

@@ -15,8 +15,7 @@ def test_hashes_are_those_of_the_whole_files(tmp_path):
         files[name] = tmp_path / name
         files[name].write_bytes(content)
     with Inputs(files).hashing() as hashes:
-        pass
-    assert hashes() == {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        assert hashes() == {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
 def test_hashing_is_given_up_where_the_block_fails(tmp_path):

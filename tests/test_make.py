@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -291,6 +292,35 @@ def test_status_counts_parts_done_and_missing():
     assert "all parts are done" in actdump("status", "out", code=75).stdout
     Path("out/plan.json").unlink()
     assert "no plan.json" in actdump("status", "out", code=66).stderr
+
+
+WORKING = """
+from pathlib import Path
+from actdump import store
+from actdump.format import Folder
+folder = Folder(Path("out"))
+plan, _ = store.load_plan(folder)
+with store.Crew(folder) as crew:
+    crew.claim(plan.parts[1])
+    print("working", flush=True)
+    input()
+"""
+
+
+def test_status_tells_who_works_on_what():
+    assert run() == "done"
+    for number in (1, 2):
+        Path(f"out/shards/0000{number}.safetensors").unlink()
+    with subprocess.Popen([sys.executable, "-c", WORKING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "working\n"
+        value = json.loads(actdump("status", "out", "--json", code=75).stdout)
+        said = actdump("status", "out", code=75).stdout
+        worker.communicate("\n", timeout=60)
+    assert (value["done"], value["missing"]) == ([0], [2])
+    assert value["working"] == [{"part": 1, "process": worker.pid, "host": platform.node()}]
+    assert f"1 (process {worker.pid} on {platform.node()})" in said
+    assert json.loads(actdump("status", "out", "--json", code=75).stdout)["missing"] == [1, 2]
 
 
 def test_status_and_explain_need_no_torch():
