@@ -33,18 +33,23 @@ Folder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a fin
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: model.dtype=float32.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N prompts only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+LogJson = Annotated[bool, typer.Option("--log-json", help="Write progress, warnings and errors as JSON lines.")]
 Output = Annotated[
     Path | None, typer.Option("-o", "--output", help="The folder to write, instead of the spec's.", show_default=False)
 ]
 
 
 @contextmanager
-def _quitting(stopped: int = Stopped.code) -> Iterator[None]:
+def _quitting(stopped: int = Stopped.code, log_json: bool = False) -> Iterator[None]:
     """Turn errors into messages and exit codes.
 
     Args:
         stopped: the exit code of a run that was stopped.
+        log_json: write messages as JSON.
     """
+    from actdump import console
+
+    console.choose_form(log_json)
     try:
         yield
     except ActdumpError as error:
@@ -110,10 +115,11 @@ def run(
         typer.Option(metavar="FILE", help="Write the files that the dump depends on, for make.", show_default=False),
     ] = None,
     as_json: Json = False,
+    log_json: LogJson = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors and the result.")] = False,
 ) -> None:
     """Run the model over the prompts and write the dump; prints the path of its manifest."""
-    with _quitting(stopped):
+    with _quitting(stopped, log_json):
         from actdump import dependencies
         from actdump.worker import StopSignals, seconds, which
 
@@ -146,9 +152,9 @@ def _run(
     manifest = outcome.manifest
     if not quiet:
         counts = f"{console.counted(manifest.prompts, 'prompt')}, {console.counted(manifest.tokens, 'token')}"
-        console.err.print(f"{root}: {outcome.state}: {counts}, {console.size(manifest.bytes)}, {outcome.seconds:.1f} s")
+        console.say(f"{root}: {outcome.state}: {counts}, {console.size(manifest.bytes)}, {outcome.seconds:.1f} s")
         if outcome.state == "done" and manifest.audit is not None:
-            console.err.print(f"{root}: {console.audit_words(manifest.audit)}")
+            console.say(f"{root}: {console.audit_words(manifest.audit)}")
     result = {"state": outcome.state, "manifest": str(outcome.path), "digest": manifest.digest, "prompts": manifest.prompts,
               "tokens": manifest.tokens, "bytes": manifest.bytes, "seconds": round(outcome.seconds, 3),
               "audit": console.audit_totals(manifest.audit)}  # fmt: skip
@@ -340,6 +346,41 @@ def diff(
         if not as_json:
             counts = f"{console.counted(found.prompts, 'prompt')}, {console.counted(len(found.taps), 'tap')}"
             typer.echo(f"{first} and {second}: the same within atol {atol:g} or rtol {rtol:g}: {counts}")
+
+
+@app.command()
+def sbatch(
+    spec: SpecFile,
+    time: Annotated[str, typer.Option("--time", metavar="LIMIT", help="The time limit: 1:00:00.", show_default=False)],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- OPTION...]", help="Further options of sbatch: -- --partition=long.", show_default=False),
+    ] = None,
+    array: Annotated[int | None, typer.Option(min=1, help="Share the work among so many tasks.", show_default=False)] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many each task gets.", show_default=False)] = None,
+    requeue: Annotated[bool, typer.Option("--requeue", help="Queue again what the time limit stopped.")] = False,
+    output: Output = None,
+    sets: Sets = None,
+    limit: Limit = None,
+    log_json: LogJson = False,
+) -> None:
+    """Print a SLURM job script that runs a spec: actdump sbatch SPEC --time 1:00:00 | sbatch."""
+    with _quitting():
+        from actdump import slurm
+
+        loaded = _load(spec, sets, limit)
+        _root(loaded, output)
+        if loaded.prompts.file == "-":
+            raise UsageError(f"{spec}: prompts on standard input do not reach a job; put them into a file")
+        options = {"--output": output, "--limit": limit}
+        command = [
+            str(Path(sys.argv[0]).absolute()), "run", str(spec),
+            *(word for name, value in options.items() if value is not None for word in (name, str(value))),
+            *(word for each in sets or () for word in ("--set", each)),
+            *["--log-json"] * log_json,
+        ]  # fmt: skip
+        job = slurm.Job(command, str(Path.cwd()), spec.stem, time, array, gpus, requeue, tuple(words or ()))
+        typer.echo(slurm.script(job), nl=False)
 
 
 @app.command()

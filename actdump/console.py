@@ -1,10 +1,13 @@
 """What a person sees: progress, tables, sizes. Results go to stdout, everything else to stderr."""
 
+import json
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 out = Console(highlight=False, soft_wrap=True, markup=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 EVERY = 10.0  # seconds between lines of progress where there is no terminal
+_form: Literal["plain", "dated", "json"] = "plain"  # of the lines on stderr
 
 
 def table(content: Table) -> None:
@@ -29,10 +33,33 @@ def table(content: Table) -> None:
     Console(highlight=False, markup=False, width=1000).print(content)
 
 
+def choose_form(as_json: bool) -> None:
+    """Write lines for a log from here on: JSON where asked for; with the time in a SLURM job, whose log nobody watches."""
+    global _form
+    _form = "json" if as_json else "dated" if "SLURM_JOB_ID" in os.environ and not err.is_terminal else "plain"
+
+
+def say(message: str, level: str = "info", **numbers: float) -> None:
+    """A line on stderr. The numbers that it tells have names of their own in JSON."""
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    if _form == "json":
+        err.print(Text(json.dumps({"time": now, "level": level, "message": message, **numbers}, ensure_ascii=False)))
+    else:
+        begins = (f"{now} " if _form == "dated" else "", (f"{level}: " if level != "info" else "", "bold red"))
+        err.print(Text.assemble(*begins, message))
+
+
+class _Warnings(logging.Handler):
+    """Says what is logged."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage(), record.levelname.lower())
+
+
 def start_logging(quiet: bool) -> None:
     """Show warnings of actdump (and nothing else's) on stderr."""
     logger = logging.getLogger("actdump")
-    logger.handlers = [RichHandler(console=err, show_time=False, show_path=False)]
+    logger.handlers = [RichHandler(console=err, show_time=False, show_path=False) if _form == "plain" else _Warnings()]
     logger.setLevel(logging.ERROR if quiet else logging.WARNING)
     logger.propagate = False
 
@@ -53,15 +80,16 @@ def counted(number: int, noun: str) -> str:
 
 def error(message: str) -> None:
     """An error, in red on a terminal."""
-    err.print(Text.assemble(("error: ", "bold red"), message))
+    say(message, "error")
 
 
 class Bar:
-    """Progress: a bar on a terminal, a plain line now and then elsewhere."""
+    """Progress: a bar on a terminal, a line now and then elsewhere and in JSON."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+        self.lines = _form != "plain" or not err.is_terminal
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -71,7 +99,7 @@ class Bar:
             TimeRemainingColumn(),
             console=err,
             transient=True,
-            disable=not err.is_terminal,
+            disable=self.lines,
         )
         self.task = self.progress.add_task("starting", total=None, rate="")
         self.tokens = self.prompts = self.total = self.all_tokens = self.bytes = 0
@@ -86,8 +114,8 @@ class Bar:
 
     def step(self, doing: str) -> None:
         self.progress.update(self.task, description=doing)
-        if not err.is_terminal:
-            err.print(doing)
+        if self.lines:
+            say(doing)
 
     def planned(self, plan: Plan, done: Sequence[Part]) -> None:
         finished, tokens = sum(part.prompts for part in done), sum(part.tokens for part in done)
@@ -97,7 +125,10 @@ class Bar:
         going_on = f", {len(done)} of {len(plan.parts)} parts done before" if done else ""
         counts = ((plan.prompts, "prompt"), (plan.tokens, "token"), (len(plan.columns), "tap"))
         what = ", ".join(counted(*each) for each in counts)
-        err.print(f"{what}, {size(plan.bytes)} in {counted(len(plan.parts), 'shard')}{going_on}")
+        say(
+            f"{what}, {size(plan.bytes)} in {counted(len(plan.parts), 'shard')}{going_on}",
+            prompts=plan.prompts, tokens=plan.tokens, bytes=plan.bytes, parts=len(plan.parts), parts_done=len(done),
+        )  # fmt: skip
 
     def batch(self, prompts: int, tokens: int) -> None:
         self.prompts += prompts
@@ -107,10 +138,13 @@ class Bar:
         written = self.bytes * self.tokens / max(self.all_tokens, 1)
         rate = f"{speed:,.0f} tokens/s  {size(written)}"
         self.progress.update(self.task, description="capturing", advance=prompts, rate=rate)
-        if not err.is_terminal and now - self.said >= EVERY:
+        if self.lines and now - self.said >= EVERY:
             self.said = now
             left = (self.all_tokens - self.tokens) / max(speed, 1e-9)
-            err.print(f"{self.prompts:,} of {self.total:,} prompts  {rate}  {left:,.0f} s left")
+            say(
+                f"{self.prompts:,} of {self.total:,} prompts  {rate}  {left:,.0f} s left",
+                prompts=self.prompts, tokens=self.tokens, bytes=round(written), seconds_left=round(left),
+            )  # fmt: skip
 
     def elsewhere(self, part: Part) -> None:
         self.total -= part.prompts

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BASH = ["scripts/setup", "scripts/quickstart", "scripts/test", "scripts/check", ".ci/run"]
+BASH = ["scripts/setup", "scripts/quickstart", "scripts/test", "scripts/check", "scripts/local_slurm", ".ci/run"]
 STAMP = ROOT / ".venv" / "setup.sha256"
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from actdump.job.bound import Bound
 from actdump.spec import ModelSpec
 
+SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "SLURM_RESTART_COUNT")
+
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -27,9 +29,6 @@ def circumstances(bound: Bound) -> dict[str, Any]:
     """With what, where and by whom the values were computed; none of it decides them."""
     import torch
 
-    slurm = {
-        name: os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID") if name in os.environ
-    }
     return {
         "versions": {name: version(name) for name in ("actdump", "torch", "transformers", "safetensors")},
         "python": platform.python_version(),
@@ -37,8 +36,15 @@ def circumstances(bound: Bound) -> dict[str, Any]:
         "device": str(bound.feed.device),
         "threads": torch.get_num_threads(),
         "git": _git(),
-        **({"slurm": slurm} if slurm else {}),
+        **({"slurm": slurm} if (slurm := _slurm()) else {}),
     }
+
+
+def _slurm() -> dict[str, str]:
+    """Which job this is, in SLURM's own words; nothing outside of one. SLURM counts restarts from the first one on."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return {}
+    return {"SLURM_RESTART_COUNT": "0", **{name: os.environ[name] for name in SLURM if name in os.environ}}
 
 
 def _git() -> dict[str, Any] | None:
