@@ -98,6 +98,7 @@ def run(
     limit: Limit = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, show what would be done, write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another dump in the folder.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Check every byte that is there; make again what changed.")] = False,
     worker: Annotated[
         str | None,
         typer.Option(
@@ -135,24 +136,34 @@ def run(
                 _show_forecast(loaded, root, as_json, quiet)
             else:
                 files = dependencies.of(loaded, spec, time)
-                manifest = _run(loaded, root, overwrite, this, signals, as_json, quiet)
+                manifest = _run(loaded, root, overwrite, repair, this, signals, as_json, quiet)
                 files.date(manifest)
                 if depfile is not None:
                     files.write(depfile, manifest)
 
 
 def _run(
-    spec: "Spec", root: Path, overwrite: bool, worker: "Worker", signals: "StopSignals", as_json: bool, quiet: bool
+    spec: "Spec",
+    root: Path,
+    overwrite: bool,
+    repair: bool,
+    worker: "Worker",
+    signals: "StopSignals",
+    as_json: bool,
+    quiet: bool,
 ) -> Path:
     from actdump import console, job
 
     console.start_logging(quiet)
     with signals, nullcontext() if quiet else console.Bar() as bar:
-        outcome = job.run(spec, root, overwrite=overwrite, worker=worker, watcher=bar, stopping=lambda: signals.asked)
+        outcome = job.run(
+            spec, root, overwrite=overwrite, repair=repair, worker=worker, watcher=bar, stopping=lambda: signals.asked
+        )
     manifest = outcome.manifest
     if not quiet:
         counts = f"{console.counted(manifest.prompts, 'prompt')}, {console.counted(manifest.tokens, 'token')}"
-        console.say(f"{root}: {outcome.state}: {counts}, {console.size(manifest.bytes)}, {outcome.seconds:.1f} s")
+        state = "nothing to repair" if repair and outcome.state == "up to date" else outcome.state
+        console.say(f"{root}: {state}: {counts}, {console.size(manifest.bytes)}, {outcome.seconds:.1f} s")
         if outcome.state == "done" and manifest.audit is not None:
             console.say(f"{root}: {console.audit_words(manifest.audit)}")
     result = {"state": outcome.state, "manifest": str(outcome.path), "digest": manifest.digest, "prompts": manifest.prompts,

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from actdump.address import Slice
 from actdump.errors import DataError
-from actdump.plan import ITEM_BYTES, Budget, Column, Layout, Part, Plan
+from actdump.plan import ITEM_BYTES, Budget, Column, Layout, Part, Plan, make
 from actdump.statistics import Statistics, statistics_from_json, statistics_to_json
 
 T = TypeVar("T")
@@ -234,13 +234,11 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
 
 def plan_from_json(value: Mapping[str, Any]) -> Plan:
     _check_version(value)
-    return Plan(
-        value["digest"],
-        value["facts"],
-        tuple(map(column_from_json, value["columns"])),
-        tuple(Part(**part) for part in value["parts"]),
-        Budget(**value["budget"]),
-    )
+    columns, parts = map(column_from_json, value["columns"]), (Part(**part) for part in value["parts"])
+    plan = make(value["facts"], tuple(columns), tuple(parts), Budget(**value["budget"]))
+    if plan.digest != value["digest"]:
+        raise DataError("it changed since it was written (its digest is not that of what it says)")
+    return plan
 
 
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:

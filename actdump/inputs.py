@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from threading import Event
 
-from actdump.errors import MissingError
+from actdump.errors import DataError, MissingError
 from actdump.spec import ModelSpec, Spec
 
 # What a model folder consists of; the rest (README, optimizer states, logs) decides no activation.
@@ -44,15 +44,30 @@ class Inputs:
 
     @contextmanager
     def hashing(self) -> Iterator[Callable[[], dict[str, str]]]:
-        """sha256 of each, computed in threads while the block runs, and given up when it ends; a call gives the result."""
+        """sha256 of each, computed in threads while the block runs, and given up when it ends; a call gives the result.
+
+        Raises:
+            DataError: at the call: a file has changed since its stamp was taken, so who else read it may have read something else.
+        """
         ended = Event()
         _ = self.stamps  # what is written into a file from here on must not hide behind the hash of what it held
+
+        def hashes() -> dict[str, str]:
+            digests = {role: future.result() for role, future in found.items()}
+            self._check_same()
+            return digests
+
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="actdump-hash") as threads:
             found = {role: threads.submit(sha256, path, ended.is_set) for role, path in self.files.items()}
             try:
-                yield lambda: {role: future.result() for role, future in found.items()}
+                yield hashes
             finally:
                 ended.set()
+
+    def _check_same(self) -> None:
+        for role, path in self.files.items():
+            if self._stamp(role, path) != self.stamps[role]:
+                raise DataError(f"{role.partition('/')[0]}: `{path}` changed while it was read; run again when it is complete")
 
     def changes(self, stamps: Stamps, hashes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         """What other files play than those of earlier stamps and hashes: the part, and what became of it, in words.

@@ -274,10 +274,10 @@ def test_a_cut_shard_a_missing_shard_and_a_missing_record_are_found(damaged):
     (damaged / "prompts.jsonl").write_text("")
     faults = verify(actdump.open(damaged))
     assert len(faults) == 4
-    assert "00000.safetensors: 100 bytes, but the manifest says" in faults[0]
-    assert "00001.safetensors: the shard is missing" in faults[1]
-    assert "00002.json: the shard's record is missing" in faults[2]
-    assert "prompts.jsonl: the bytes changed" in faults[3]
+    assert "00000.safetensors: 100 bytes, but it had" in faults[0]
+    assert "00001.safetensors: missing" in faults[1]
+    assert "00002.json: missing" in faults[2]
+    assert "prompts.jsonl: 0 bytes, but it had" in faults[3]
     with pytest.raises(DataError, match=r"00000\.safetensors: not a whole safetensors file"):
         actdump.open(damaged)["pooled"][0]
 

@@ -100,5 +100,6 @@ def _check_files(manifest: Manifest, spec: ModelSpec) -> None:
 
 def _check_shards(dump: Dump, choice: Choice) -> None:
     shards = {shard.number: shard for number in choice.numbers for shard in [dump.shard_of(number).shard]}
-    if faults := [fault for shard in shards.values() for fault in reader.verify_shard(dump, shard)]:
+    columns = dump.manifest.columns
+    if faults := [fault for shard in shards.values() for fault in reader.verify_shard(dump.folder, columns, shard)]:
         raise DataError("\n".join(faults))

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from actdump import prompts
+from actdump import prompts, store
 from actdump.errors import SpecError
 from actdump.job.bound import Bound
 from actdump.job.underway import patiently
@@ -37,7 +37,7 @@ def standard_input(spec: Spec, check_stop: Callable[[], None] = lambda: None) ->
 
 
 def _copy(source: BinaryIO, path: Path) -> None:
-    with path.open("wb") as file:
+    with store.storage(path), path.open("wb") as file:
         shutil.copyfileobj(source, file, 1 << 20)
 
 

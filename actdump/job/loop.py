@@ -15,6 +15,7 @@ from actdump.job.capturing import write_parts
 from actdump.job.feeding import standard_input
 from actdump.job.planning import planned
 from actdump.job.provenance import circumstances
+from actdump.job.repair import give_up, look_over
 from actdump.job.sealing import seal
 from actdump.job.standing import standing
 from actdump.job.underway import Job, check_stop
@@ -38,6 +39,7 @@ def run(
     root: Path,
     *,
     overwrite: bool = False,
+    repair: bool = False,
     worker: Worker | None = None,
     watcher: Watcher | None = None,
     stopping: Callable[[], bool] = lambda: False,
@@ -49,6 +51,7 @@ def run(
 
     Args:
         overwrite: replace another dump in the folder.
+        repair: compare every byte of what is there with what was recorded of it, and make again what differs.
         worker: which of them this is, if that is known.
         stopping: asked after every batch, and while the run waits; `True` ends the run.
 
@@ -60,10 +63,13 @@ def run(
     began, folder = monotonic(), Folder(root)
     with standard_input(spec, lambda: check_stop(folder, stopping)) as stdin:
         sources = inputs.of(spec, stdin)
-        job = Job(spec, folder, sources, stdin, worker or Worker(), overwrite, watcher or Silent(), stopping, began)
+        job = Job(spec, folder, sources, stdin, worker or Worker(), overwrite, watcher or Silent(), stopping, began, repair)
         found = standing(job)
-        if found is not None and store.complete(folder, found):
+        if repair and found is not None:
+            look_over(job, found)
+        if found is not None and not job.damage.faults and store.complete(job.folder, found):
             return _ended(job, "up to date")
+        store.check_writable(job.folder)
         return _go_on(job)
 
 
@@ -84,6 +90,8 @@ def _go_on(job: Job) -> Outcome:
                     f"{job.folder.root}: the model's shapes are not those of the plan in the folder; "
                     "use the versions that made it"
                 )
+            with crew.deciding(job.check_stop):
+                give_up(job, plan)
             around = circumstances(bound)
             write_parts(job, plan, bound, crew, around)
             with crew.deciding(job.check_stop):

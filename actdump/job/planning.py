@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from actdump import store
 from actdump.errors import DataError, OccupiedError
-from actdump.format import plan_to_json
+from actdump.format import VERSION, plan_to_json
 from actdump.job.bound import Bound, bind, bind_early, budget_for
 from actdump.job.feeding import cut, tokenised, tokenizer_for
+from actdump.job.repair import look_over
 from actdump.job.standing import standing
 from actdump.job.underway import Job
 from actdump.plan import Plan, make
@@ -90,11 +91,14 @@ def planned(job: Job, crew: store.Crew) -> tuple[Plan, Bound | None]:
         source = source_of(job)
         with crew.deciding(waiting):
             found = standing(job)
-            if found is not None and store.complete(job.folder, found):
+            if found is not None and not job.damage.faults and store.complete(job.folder, found):
                 return found, None
             _enter(job, crew, found)
             if found is None or not store.has_tokens(job.folder, found):
-                return take_in(job, crew, source, hashes, found, bound)
+                plan, bound = take_in(job, crew, source, hashes, found, bound)
+                if job.repair and found is None:  # a broken plan, made again; nobody looked at the parts yet
+                    look_over(job, plan)
+                return plan, bound
     return found, bound or loaded(job, source)
 
 
@@ -111,8 +115,6 @@ def _enter(job: Job, crew: store.Crew, found: Plan | None) -> None:
         )
     with store.storage(job.folder.root, "swept"):
         store.sweep(job.folder)
-        if found is not None:
-            job.folder.manifest.unlink(missing_ok=True)  # what it says of parts that are made anew may become wrong
     crew.join()
 
 
@@ -145,8 +147,12 @@ def take_in(
                 f"{folder.root}: the prompts' tokens are not those of the plan in the folder; use the versions that made it"
             )
         if found is None:
+            if job.repair and not job.overwrite and store.origins(folder) - {(VERSION, plan.digest)}:
+                raise OccupiedError(
+                    f"{folder.root} holds another dump, whose plan is lost; choose another output, or replace it with --overwrite"
+                )
             store.check_space(folder, sum(part.bytes for part in plan.parts))
-            store.clear(folder)
+            store.clear(folder, plan)
         intake.commit(plan if found is None else None, job.sources.stamps, plan_to_json)
     return plan, bound
 

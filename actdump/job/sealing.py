@@ -9,6 +9,7 @@ from typing import Any
 from actdump import store
 from actdump.errors import DataError
 from actdump.job.bound import Bound
+from actdump.job.memory import memory
 from actdump.job.provenance import now, placed
 from actdump.job.underway import Job
 from actdump.plan import Plan
@@ -57,7 +58,8 @@ def _audited(job: Job, plan: Plan, bound: Bound) -> dict[str, Any] | None:
     job.check_stop()
     job.watcher.step("auditing")
     dump = Dump(job.folder, store.gathered(job.folder, plan, {}))
-    found = audit.compare(dump, bound.module, audit.choose(dump, plan, job.spec.audit))
+    with memory("the audit", "the parts are done, so `--set audit=0` seals the dump without one"):
+        found = audit.compare(dump, bound.module, audit.choose(dump, plan, job.spec.audit))
     if found.faults:
         raise DataError(
             f"{found.told}\n{job.folder.root}: the audit found values that are not those of the prompts run alone, so the dump is "

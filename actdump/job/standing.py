@@ -53,11 +53,11 @@ def explain(spec: Spec, root: Path) -> Explanation:
 def standing(job: Job) -> Plan | None:
     """The plan in the folder, if it is that of this very spec; `None` where a new one is to be made."""
     spec, folder, overwrite = job.spec, job.folder, job.overwrite
-    store.check_free(folder, overwrite=overwrite)
+    store.check_free(folder, overwrite=overwrite, repair=job.repair)
     try:
         loaded = store.load_plan(folder)
     except DataError:
-        if not overwrite:
+        if not overwrite and not job.repair:
             raise
         return None
     if loaded is None:

@@ -12,12 +12,26 @@ from actdump.format import Folder
 from actdump.inputs import Inputs
 from actdump.job.provenance import now
 from actdump.job.watching import Watcher
+from actdump.plan import Part
 from actdump.spec import Spec
 from actdump.worker import Worker
 
 T = TypeVar("T")
 LOOK = 0.1  # seconds between two looks whether to stop
 _THREAD = "actdump-abandonable"
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What of a dump is not as it was written.
+
+    Attributes:
+        faults: in words.
+        parts: those whose shard or record is concerned; they have to be made again.
+    """
+
+    faults: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass
@@ -29,6 +43,7 @@ class Job:
         overwrite: whether to replace another dump.
         stopping: whether somebody asked for a stop.
         began: when it began, on the monotonic clock; started: the same as a date.
+        repair: whether to compare every byte that is there; damage: what of it is not as it was written.
     """
 
     spec: Spec
@@ -40,6 +55,8 @@ class Job:
     watcher: Watcher
     stopping: Callable[[], bool]
     began: float
+    repair: bool
+    damage: Damage = Damage()
     started: str = field(default_factory=now)
 
     def check_stop(self) -> None:

@@ -9,7 +9,19 @@ from actdump.store.files import being_written, free_space, storage, sweep, write
 from actdump.store.intake import Intake, part_tokens
 from actdump.store.locks import Lock, me, number_and_host
 from actdump.store.shards import AHEAD, Pending, Pendings, Writer, gathered, metadata, seal
-from actdump.store.standing import check_free, check_space, clear, complete, done, has_tokens, load_plan, restamp
+from actdump.store.standing import (
+    check_free,
+    check_space,
+    check_writable,
+    clear,
+    complete,
+    done,
+    has_tokens,
+    load_plan,
+    origins,
+    reopen,
+    restamp,
+)
 from actdump.store.status import Hand, Status, status
 
 __all__ = [
@@ -27,6 +39,7 @@ __all__ = [
     "being_written",
     "check_free",
     "check_space",
+    "check_writable",
     "clear",
     "complete",
     "done",
@@ -37,7 +50,9 @@ __all__ = [
     "me",
     "metadata",
     "number_and_host",
+    "origins",
     "part_tokens",
+    "reopen",
     "restamp",
     "seal",
     "status",

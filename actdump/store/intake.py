@@ -104,9 +104,10 @@ class Intake:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.spool.close()
-        for file, final in ((self.tokens, self.folder.tokens), (self.lines, self.folder.prompts)):
-            file.close()
+        for file in (self.spool, self.tokens, self.lines):
+            with suppress(OSError):  # a full disk, which was told before, or will not be missed
+                file.close()
+        for final in (self.folder.tokens, self.folder.prompts):
             temporary(final, me()).unlink(missing_ok=True)
         with suppress(OSError):  # it holds something
             self.folder.root.rmdir()
@@ -141,7 +142,8 @@ def part_tokens(folder: Folder, plan: Plan, part: Part) -> "list[Array]":
     import numpy as np
 
     before = plan.starts[part.number] + part.first  # each prompt has its length before it
-    words = np.fromfile(folder.tokens, dtype="<i4", count=part.tokens + part.prompts, offset=4 * before)
+    with storage(folder.tokens, "read"):
+        words = np.fromfile(folder.tokens, dtype="<i4", count=part.tokens + part.prompts, offset=4 * before)
     prompts, place = [], 0
     for _ in range(part.prompts):
         length = int(words[place])

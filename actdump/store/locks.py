@@ -4,6 +4,7 @@ import errno
 import os
 import platform
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,8 +80,9 @@ class Lock:
         from filelock import FileLock, Timeout
 
         def sign(descriptor: int) -> None:
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, name.encode())
+            with suppress(OSError):  # of a full disk the run hears where it matters
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, name.encode())
 
         held = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False, on_acquired=sign)
         try:

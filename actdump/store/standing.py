@@ -2,11 +2,13 @@
 
 import json
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from actdump.errors import DataError, OccupiedError, StorageError
 from actdump.format import VERSION, Folder, Shard, plan_from_json, plan_to_json, shard_from_json
-from actdump.inputs import Stamps
+from actdump.inputs import Stamps, sha256
 from actdump.plan import Part, Plan
 from actdump.store.files import free_space, standing_place, storage, to_json, write_atomically
 
@@ -23,9 +25,11 @@ def load_plan(folder: Folder) -> tuple[Plan, dict[str, Any]] | None:
         value = json.loads(folder.plan.read_bytes())
         return plan_from_json(value), value["stamps"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder.plan}: not a plan: {error}; remove the folder, or use another") from None
+        raise DataError(
+            f"{folder.plan}: not a plan: {error}; use another folder, or, if it is this spec's dump, --repair"
+        ) from None
     except DataError as error:
-        raise DataError(f"{folder.plan}: {error}") from None
+        raise DataError(f"{folder.plan}: {error}; --repair makes it again, if it is this spec's") from None
 
 
 def done(folder: Folder, part: Part, digest: str) -> Shard | None:
@@ -56,31 +60,47 @@ def complete(folder: Folder, plan: Plan) -> bool:
 def restamp(folder: Folder, plan: Plan, stamps: Stamps, now: Stamps) -> None:
     """Note the times of inputs that were touched and found to be the same, so that they are not read again each time."""
     if now != stamps:
-        write_atomically(folder.plan, to_json({**plan_to_json(plan), "stamps": now}))
+        with suppress(StorageError):  # of a folder that is read-only, they are read each time
+            write_atomically(folder.plan, to_json({**plan_to_json(plan), "stamps": now}))
 
 
-def check_free(folder: Folder, *, overwrite: bool) -> None:
+def check_free(folder: Folder, *, overwrite: bool, repair: bool = False) -> None:
     """Make sure that a new dump may be written into the folder.
+
+    Args:
+        repair: a dump that lost its plan may be there.
 
     Raises:
         OccupiedError: the folder holds something else.
-        StorageError: the folder, or where it would be made, is not one that can be written to.
+        StorageError: where the folder would be made is a file.
     """
     root = folder.root
     if root.exists() and not root.is_dir():
         raise OccupiedError(f"{root} is a file; the output is a folder")
     if root.is_dir():
         foreign = [path.name for path in root.iterdir() if not folder.written_by_us(path)]
-        ours = folder.plan.exists()
+        ours = folder.plan.exists() or (repair and bool(origins(folder)))
         if foreign and not ours and not overwrite:
             raise OccupiedError(
                 f"{root} holds other things ({', '.join(sorted(foreign)[:3])}); choose an empty or a new folder"
             )
         if not ours and any(path.exists() for path in (folder.manifest, folder.prompts, folder.shards)):
-            raise OccupiedError(f"{root} holds files with the names of a dump's, but no plan.json; choose another folder")
+            raise OccupiedError(
+                f"{root} holds files with the names of a dump's, but no plan.json; choose another folder, or, if it is this spec's "
+                "dump, run with --repair"
+            )
     ancestor = standing_place(root)
     if not ancestor.is_dir():
         raise StorageError(f"{root}: cannot be made, because {ancestor} is a file")
+
+
+def check_writable(folder: Folder) -> None:
+    """Make sure that the folder can be written, or made.
+
+    Raises:
+        StorageError: it cannot.
+    """
+    root, ancestor = folder.root, standing_place(folder.root)
     if not os.access(ancestor, os.W_OK | os.X_OK):
         raise StorageError(f"{root}: cannot be written: {ancestor} is read-only for you")
 
@@ -98,12 +118,24 @@ def check_space(folder: Folder, needed: int) -> None:
         )
 
 
-def clear(folder: Folder) -> None:
-    """Remove what a dump consists of, the manifest first and the plan last; leave everything else."""
+def origins(folder: Folder) -> set[tuple[int, str]]:
+    """The formats, and the digests of the plans, that the manifest and the records in a folder were written under, if readable."""
+    found = set()
+    for path in (folder.manifest, *folder.shards.glob("[0-9]*.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            value = json.loads(path.read_bytes())
+            found.add((value["format"], value["digest"]))
+    return found
+
+
+def clear(folder: Folder, plan: Plan | None = None) -> None:
+    """Remove what a dump consists of, the manifest first and the plan last; leave everything else, and parts that a plan has done."""
+    done_parts = [part.number for part in plan.parts if done(folder, part, plan.digest)] if plan is not None else []
+    kept = {path for number in done_parts for path in (folder.shard(number), folder.record(number))}
     with storage(folder.root, "cleared"):
         folder.manifest.unlink(missing_ok=True)
         for path in sorted(folder.shards.iterdir()) if folder.shards.is_dir() else ():
-            if folder.written_by_us(path):
+            if folder.written_by_us(path) and path not in kept:
                 path.unlink()
         if folder.shards.is_dir() and not any(folder.shards.iterdir()):
             folder.shards.rmdir()
@@ -111,10 +143,24 @@ def clear(folder: Folder) -> None:
             path.unlink(missing_ok=True)
 
 
+def reopen(folder: Folder, parts: Iterable[Part]) -> None:
+    """Give up parts of a dump, so that they are not done, and the dump is not complete.
+
+    Records go first: without a manifest, what records say is done would be taken into a new one.
+    """
+    with storage(folder.root, "repaired"):
+        for part in parts:
+            folder.record(part.number).unlink(missing_ok=True)
+        folder.manifest.unlink(missing_ok=True)
+
+
 def has_tokens(folder: Folder, plan: Plan) -> bool:
-    """Whether the spooled token ids of the plan's prompts, and prompts.jsonl, are there, whole."""
+    """Whether the spooled token ids of the plan's prompts, and prompts.jsonl, are there, and every byte is as it was written."""
     whole = folder.tokens.is_file() and folder.tokens.stat().st_size == 4 * (plan.tokens + plan.prompts)
-    return whole and has_prompts(folder, plan)
+    if not whole or not has_prompts(folder, plan):
+        return False
+    facts = plan.facts
+    return (sha256(folder.tokens), sha256(folder.prompts)) == (facts["tokens"], facts["prompts"]["sha256"])
 
 
 def has_prompts(folder: Folder, plan: Plan) -> bool:
