@@ -455,3 +455,11 @@ def test_local_slurm_says_what_it_can_do(words):
     done = subprocess.run(["scripts/local_slurm", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr == "scripts/local_slurm: say start, stop, or run COMMAND...\n"
+
+
+def test_only_root_starts_it():
+    text = (ROOT / "scripts" / "local_slurm").read_text()
+    user = {"user": "nobody", "extra_groups": []} if os.getuid() == 0 else {}
+    done = subprocess.run(["bash", "-s", "start"], input=text, cwd="/", capture_output=True, text=True, timeout=60, **user)
+    assert done.returncode == 1
+    assert done.stderr == "scripts/local_slurm: only root can start and stop SLURM's daemons\n"
