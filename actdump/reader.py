@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-KEPT = 64  # shards that stay open
+KEPT = 16  # shards that stay mapped; each may be a gigabyte
 
 
 def open_dump(path: str | Path) -> "Dump":
