@@ -535,7 +535,7 @@ def test_a_clean_run_raises_no_alarm(family, dtype, tmp_path):
     worst = unstable = 0
     for turn in range(TURNS):
         found = job.run(clean_spec(family, dtype, turn, places, tmp_path / "config"), tmp_path / str(turn)).manifest.audit
-        assert found["prompts"] == tuple(range(6))
+        assert found["prompts"] == list(range(6))
         assert {tap["wrong"] for tap in found["taps"]} == {0}
         worst = max(worst, *(tap["worst"] for tap in found["taps"]))
         unstable += sum(tap["unstable"] for tap in found["taps"])
