@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from actdump.errors import ActdumpError, DataError, MissingError, Stopped, UsageError
+from actdump.errors import ActdumpError, DataError, MissingError, Stopped, StorageError, UsageError
 
 if TYPE_CHECKING:
     from actdump.spec import Spec
@@ -59,6 +59,8 @@ def _quitting(stopped: int = Stopped.code, log_json: bool = False) -> Iterator[N
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
+    except OSError as error:  # where no path was ours to word: a name that is too long, a full disk behind stdout
+        _quit(f"{error.filename or 'the output'}: {error.strerror}", StorageError.code)
 
 
 def _quit(message: str, code: int) -> NoReturn:

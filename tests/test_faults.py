@@ -473,6 +473,12 @@ def test_odd_names_of_folders(name, tmp_path, sealed, spec_file):
     assert contents(root) == contents(sealed)
 
 
+def test_names_that_no_folder_can_have(tmp_path, spec_file):
+    assert "File name too long" in command("run", spec_file, "-o", tmp_path / ("a" * 300), code=74)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert "which is not there" in command("run", spec_file, "-o", tmp_path / "link", code=73)
+
+
 # --------------------------------------------------------------------------------------------------------------------- clocks
 
 EPOCHS = {"1970": 0, "2106": 2**32 - 1}

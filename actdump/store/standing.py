@@ -75,6 +75,8 @@ def check_free(folder: Folder, *, overwrite: bool, repair: bool = False) -> None
         StorageError: where the folder would be made is a file.
     """
     root = folder.root
+    if root.is_symlink() and not root.exists():
+        raise OccupiedError(f"{root} is a link to {root.readlink()}, which is not there; make that folder, or choose another")
     if root.exists() and not root.is_dir():
         raise OccupiedError(f"{root} is a file; the output is a folder")
     if root.is_dir():
