@@ -421,11 +421,11 @@ def test_the_choice_is_the_plans_and_one_is_padded_if_any_was(tmp_path):
     one = job.run(spec(lengths=lengths, audit=2), tmp_path / "one").manifest
     two = job.run(spec(lengths=lengths, audit=2), tmp_path / "two").manifest
     assert one.audit["prompts"] == two.audit["prompts"]
-    assert one.audit["padded"] == (40,)
+    assert one.audit["padded"] == [40]
     assert len(one.audit["prompts"]) == 2
     even = job.run(spec(lengths=[5] * 12, audit=2), tmp_path / "even").manifest.audit
-    assert len(even["prompts"]) == 2 and even["padded"] == ()
-    assert job.run(spec(audit=1000), tmp_path / "all").manifest.audit["prompts"] == tuple(range(len(LENGTHS)))
+    assert len(even["prompts"]) == 2 and even["padded"] == []
+    assert job.run(spec(audit=1000), tmp_path / "all").manifest.audit["prompts"] == list(range(len(LENGTHS)))
     assert job.run(spec(audit=0), tmp_path / "none").manifest.audit is None
 
 
