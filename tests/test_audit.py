@@ -152,12 +152,17 @@ def overwriting(monkeypatch):
 
 def live_view(monkeypatch):
     """The engine keeps the model's own tensor."""
-    gathered = capture._gathered
+    kept, gathered = capture._Catch._kept, capture._gathered
 
     def view(site, value, padded):
         return value.view(-1, value.shape[-1]) if site.selection == "all" else gathered(site, value, padded)
 
+    def uncopied(self, place, site, computed):
+        copy = kept(self, place, site, computed)
+        return computed if site.selection == "all" else copy
+
     monkeypatch.setattr(capture, "_gathered", view)
+    monkeypatch.setattr(capture._Catch, "_kept", uncopied)
 
 
 def overflowing(monkeypatch):
