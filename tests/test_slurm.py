@@ -205,9 +205,18 @@ def test_the_command_hands_everything_on(desk, environment):
     words = ["--time", "1:00:00", "-o", "an out", "--limit", "3", "--set", "batch.prompts=2", "--log-json", "--", "--mem=1G"]
     said = shell(ACTDUMP, "sbatch", "spec.yaml", *words, cwd=desk, environment=environment)
     assert said.stderr == ""
-    command = shlex.split(said.stdout.splitlines()[-1].partition("/actdump run ")[2])
-    assert command == ["spec.yaml", "--output", "an out", "--limit", "3", "--set", "batch.prompts=2", "--log-json"]
-    assert f" {ACTDUMP} run" in said.stdout
+    command = shlex.split(said.stdout.splitlines()[-1])
+    assert command[command.index("run") + 1 :] == [
+        "spec.yaml",
+        "--output",
+        "an out",
+        "--limit",
+        "3",
+        "--set",
+        "batch.prompts=2",
+        "--log-json",
+    ]
+    assert f" {shlex.quote(str(ACTDUMP))} run" in said.stdout
     assert "\n#SBATCH --mem=1G\n" in said.stdout
     assert f"\ncd -- {shlex.quote(str(desk))} || exit\n" in said.stdout
 
