@@ -22,7 +22,7 @@ save:
   final: transformer.h[-1].output[0]
 output: out
 """
-COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
+COMMANDS = sorted(get_command(app).commands)
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def test_another_dump_in_the_folder_is_told_without_torch() -> None:
 def test_every_command_explains_itself(command: str) -> None:
     said = actdump(command, "--help")
     assert "Usage" in said.stdout
-    for option in get_command(app).commands[command].params:  # type: ignore[attr-defined]
+    for option in get_command(app).commands[command].params:
         assert getattr(option, "help", None), f"{command} {option.name} has no help"
 
 

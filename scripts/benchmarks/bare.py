@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ def bare(whole: nn.Module, depth: int) -> nn.Module:
 
     The weights are shared with the whole model, which stays as it is.
     """
-    base: Any = copy(whole.get_submodule("model"))
+    base = cast(Any, copy(whole.get_submodule("model")))
     base._modules = {**base._modules, "layers": base.layers[:depth], "norm": nn.Identity()}
-    return base  # type: ignore[no-any-return]
+    return cast(nn.Module, base)
 
 
 def padded_batches(ids: Sequence[Sequence[int]], budget: int, device: torch.device | str = "cpu") -> list[Tensor]:

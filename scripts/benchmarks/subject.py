@@ -44,4 +44,4 @@ def tokenizer() -> Any:
 
 def load(dtype: str, **options: Any) -> nn.Module:
     """The whole model, loaded as a run loads it."""
-    return model.load(model.find(ModelSpec(name=str(FOLDER), dtype=dtype, **options)))  # type: ignore[arg-type]
+    return model.load(model.find(ModelSpec.model_validate({"name": str(FOLDER), "dtype": dtype, **options})))
