@@ -10,7 +10,7 @@ from torch import nn
 from zoo import VOCABULARY, Ladder, Step, Toy, build
 
 from actdump.address import Slice, Tap, parse
-from actdump.engine import Blocks, Fault, Site, bind, capture, capture_whole, feed_for, positions, probe, values
+from actdump.engine import Fault, Site, bind, capture, capture_whole, evened, feed_for, positions, probe, stream
 from actdump.errors import AddressError, DataError, UsageError
 from actdump.plan import Batch, Layout
 
@@ -37,9 +37,9 @@ def captured(model, taps, ids, **options):
     found = probed(model, taps, **options)
     with torch.no_grad():
         caught = capture(model, found.sites, found.feed, Batch(tuple(range(len(ids))), tuple(ids)))
-    caught.wait()
-    lengths = [len(each) for each in ids]
-    return {site.tap.name: values(site, rows, lengths) for site, rows in zip(found.sites, caught.rows, strict=True)}
+    for rows in caught:
+        rows.wait()
+    return {rows.site.tap.name: rows.each() for rows in caught}
 
 
 def first_tensor(value):
@@ -117,9 +117,10 @@ def test_every_module_of_a_family_gives_the_values_of_the_prompt_alone(kind, cal
     assert {site.tap.name for site in sites} >= set(COVERED[kind])
     with torch.no_grad():
         caught = capture(model, sites, found.feed, Batch(tuple(range(len(LENGTHS))), tuple(prompts())))
-    for site, rows in zip(sites, caught.rows, strict=True):
-        place = tuple(site.tap.name.rsplit(".", 1))
-        for value, single in zip(values(site, rows, LENGTHS), singles, strict=True):
+    assert [rows.site for rows in caught] == sites
+    for rows in caught:
+        place = tuple(rows.site.tap.name.rsplit(".", 1))
+        for value, single in zip(rows.each(), singles, strict=True):
             assert_same(value, single[place][call])
 
 
@@ -517,25 +518,32 @@ def test_the_probe_labels_axes(kind, text, axes, layout):
     assert site.calls == 1
 
 
-def test_memory_for_rows_is_used_again_only_when_it_was_given_back():
-    ladder, blocks = Ladder(), Blocks()
+def test_rows_are_streamed_while_the_forward_goes_on():
+    """A sink gets the rows of a module before the next module runs, measured, and as copies."""
+    ladder, ids = Ladder(), prompts((4, 9, 2))
     found = probed(ladder, [tap("layers[1].output"), tap("layers[2].output", dtype="bfloat16"), tap("embed.input")])
+    order, kept = [], {}
+    handle = ladder.layers[2].register_forward_pre_hook(lambda _, args: order.append("layers[2] runs"))
 
-    def run(lengths):
-        ids = prompts(lengths)
-        with torch.no_grad():
-            caught = capture(ladder, found.sites, found.feed, Batch(tuple(range(len(ids))), tuple(ids)), blocks=blocks)
-        caught.wait()
-        return caught, [torch.cat([ladder.after(1, each) for each in ids]), [len(each) for each in ids]]
+    def sink(rows):
+        rows.wait()
+        order.append(rows.site.tap.name)
+        kept[rows.site.tap.name] = rows
 
-    first, (expected, _) = run((4, 9, 2))
-    second, _ = run((9, 3, 1))
-    assert torch.equal(first.rows[0], expected)
-    assert len({rows.data_ptr() for each in (first, second) for rows in each.rows}) == 6
-    assert all(rows.data_ptr() % 64 == 0 for rows in first.rows)
-    place = first.rows[0].data_ptr()
-    first.give_back()
-    third, (expected, _) = run((5, 5))
-    assert third.rows[0].data_ptr() == place
-    assert torch.equal(third.rows[0], expected)
-    assert [one is None for one in third.statistics()] == [False, False, True]
+    with torch.no_grad():
+        assert stream(ladder, found.sites, found.feed, Batch((0, 1, 2), tuple(ids)), sink)
+    handle.remove()
+    assert order == ["embed.input", "layers[1].output", "layers[2] runs", "layers[2].output"]
+    expected = torch.cat([ladder.after(1, each) for each in ids])
+    assert torch.equal(kept["layers[1].output"].values, expected)
+    assert bytes(kept["layers[1].output"].buffer()) == expected.numpy().tobytes()
+    assert kept["layers[1].output"].statistics().rows == 15
+    assert kept["layers[2].output"].values.dtype == torch.bfloat16
+    assert kept["embed.input"].statistics() is None  # integers
+
+
+def test_a_batch_falls_into_batches_without_padding():
+    ids = prompts((9, 7, 7, 7, 2, 2))
+    cut = list(evened(Batch((5, 0, 3, 1, 4, 2), tuple(ids))))
+    assert [batch.numbers for batch in cut] == [(5,), (0, 3, 1), (4, 2)]
+    assert [each for batch in cut for each in batch.ids] == ids

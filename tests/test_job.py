@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import actdump
 from actdump import job, store
 from actdump.errors import ActdumpError, DataError, OccupiedError, Stopped, UsageError
+from actdump.job import capturing
 from actdump.spec import Spec, load
 
 CONFIG = {
@@ -478,7 +479,19 @@ def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path):
     assert (tmp_path / "200000/prompts.jsonl").read_bytes().count(b"\n") == 200_000
 
 
+def test_rows_that_arrive_later_give_the_same_files(tmp_path, monkeypatch):
+    """As from an accelerator: the writer's thread waits for them, and writes them."""
+    job.run(make_spec(60, batch={"tokens": 20}), tmp_path / "at_once")
+    monkeypatch.setattr(capturing, "arrives_later", lambda _: True)
+    job.run(make_spec(60, batch={"tokens": 20}), tmp_path / "later")
+    at_once, later = (sorted(tmp_path.glob(f"{name}/shards/*.safetensors")) for name in ("at_once", "later"))
+    assert at_once
+    assert [path.read_bytes() for path in at_once] == [path.read_bytes() for path in later]
+    assert actdump.open(tmp_path / "at_once").manifest.statistics == actdump.open(tmp_path / "later").manifest.statistics
+
+
 def test_a_run_holds_no_more_batches_than_the_writer_lets_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(capturing, "arrives_later", lambda _: True)
     waiting = []
     do = store.Writer.do
 

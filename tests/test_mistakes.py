@@ -764,10 +764,10 @@ SLEEPS = """
 import sys, time
 from actdump import engine
 from actdump.cli import main
-def capture(*_, **__):
+def stream(*_, **__):
     print("in a batch", file=sys.stderr, flush=True)
     time.sleep(60)
-engine.capture = capture
+engine.stream = stream
 main()
 """
 

@@ -11,7 +11,7 @@ from zoo import VOCABULARY, Toy
 import actdump
 from actdump import job
 from actdump.address import Slice
-from actdump.engine.measure import measure
+from actdump.engine.measure import Early, measure
 from actdump.errors import DataError
 from actdump.format import Folder, shard_from_json
 from actdump.plan import Layout
@@ -29,8 +29,8 @@ def rows(lengths, seed=0):
 
 
 def measured(values, lengths, layout=LAYOUT):
-    places = None if layout.flat else np.concatenate([np.arange(length) for length in lengths])
-    return measure(values, values, layout).statistics(places)
+    early = None if layout.flat else Early(np.concatenate([np.arange(length) for length in lengths]))
+    return measure(values, values, layout).statistics(early)
 
 
 def expected(values, lengths):

@@ -19,6 +19,7 @@ from actdump.errors import DataError, OccupiedError, SpecError, StorageError
 from actdump.format import Folder, plan_from_json, plan_to_json, temporary
 from actdump.plan import Budget, Column, Layout, Slice, make, parts
 from actdump.prompts import Prompt
+from actdump.store import shards
 
 LENGTHS = (3, 1, 4, 2)
 IDS = [np.arange(length, dtype=np.int32) + 10 * place for place, length in enumerate(LENGTHS)]
@@ -82,6 +83,13 @@ def pending(folder, plan, number=0):
     return store.Pending(folder, plan, part, store.part_tokens(folder, plan, part))
 
 
+def put(shard, places, prompts):
+    """Put the rows of these prompts where those of the places belong."""
+    for column, buffer in zip(COLUMNS, buffers(prompts), strict=True):
+        shard.put(column.name, places, buffer)
+    shard.complete(places)
+
+
 def names(folder):
     return sorted(path.relative_to(folder.root).as_posix() for path in folder.root.rglob("*"))
 
@@ -105,7 +113,7 @@ def test_a_shard_is_a_safetensors_file_with_its_header_first(folder):
     }
     assert (8 + length) % 8 == 0
     for places in ([2, 0], [3, 1]):  # batches come in another order than the prompts
-        shard.put(places, buffers(places))
+        put(shard, places, places)
     record = shard.seal({}, {"batches": 2})
     assert record.bytes == folder.shard(0).stat().st_size == shard.layout.size
     assert record.rows == {"a.output[0]": 10, "pooled": 4, "square": 9 + 1 + 16 + 4}
@@ -131,7 +139,7 @@ def test_a_shard_is_a_safetensors_file_with_its_header_first(folder):
 def test_a_shard_says_what_it_is(folder):
     plan = take_in(folder, most_tokens=5)
     shard = pending(folder, plan, 1)
-    shard.put([0, 1], buffers([2, 3])) if plan.parts[1].prompts == 2 else shard.put([0], buffers([2]))
+    put(shard, [0, 1], [2, 3]) if plan.parts[1].prompts == 2 else put(shard, [0], [2])
     shard.seal({}, {})
     with safe_open(folder.shard(1), framework="np") as file:
         about = file.metadata()
@@ -152,7 +160,7 @@ def test_a_discarded_shard_leaves_nothing(folder):
     plan = take_in(folder)
     before = names(folder)
     shard = pending(folder, plan)
-    shard.put([0], buffers([0]))
+    put(shard, [0], [0])
     assert len(names(folder)) == len(before) + 2
     shard.discard()
     shard.discard()
@@ -163,7 +171,7 @@ def test_a_discarded_shard_leaves_nothing(folder):
 def test_discarding_a_sealed_shard_keeps_it(folder):
     plan = take_in(folder)
     shard = pending(folder, plan)
-    shard.put([0, 1, 2, 3], buffers([0, 1, 2, 3]))
+    put(shard, [0, 1, 2, 3], [0, 1, 2, 3])
     record = shard.seal({}, {})
     kept = os.open(folder.plan, os.O_RDONLY)  # may have the number of the descriptor that the shard had
     shard.discard()
@@ -172,17 +180,50 @@ def test_discarding_a_sealed_shard_keeps_it(folder):
     assert store.done(folder, plan.parts[0], plan.digest) == record
 
 
+def test_what_was_put_but_not_completed_is_missing_and_can_be_written_over(folder):
+    """As after a batch that did not fit into memory, and came again in halves."""
+    shard = pending(folder, take_in(folder))
+    shard.put("pooled", [0, 1, 2, 3], buffers([3, 2, 1, 0])[1])
+    with pytest.raises(DataError, match="the rows of 4 prompts never came"):
+        shard.seal({}, {})
+    put(shard, [2, 3], [2, 3])
+    put(shard, [0, 1], [0, 1])
+    shard.seal({}, {})
+    with safe_open(folder.shard(0), framework="numpy") as file:
+        assert file.get_tensor("pooled").tobytes() == b"".join(bytes(buffers([place])[1]) for place in range(4))
+
+
+def test_a_shard_is_flushed_now_and_then_if_the_writer_has_nothing_else_to_do(folder, monkeypatch):
+    monkeypatch.setattr(shards, "FLUSH", 100)
+    shard, flushed = pending(folder, take_in(folder)), []
+    monkeypatch.setattr(shard, "flush", lambda: flushed.append(shard.wants_flush))
+    with store.Writer() as writer:
+        writer.flush(shard)
+        assert not shard.wants_flush
+        put(shard, [0, 1, 2, 3], [0, 1, 2, 3])
+        ended = threading.Event()
+        writer.do(ended.wait)
+        writer.flush(shard)  # it is busy
+        ended.set()
+        writer.finish()
+        assert flushed == []
+        writer.flush(shard)
+        writer.finish()
+    assert flushed == [True]
+    shard.discard()
+
+
 def test_a_batch_of_the_wrong_size_is_refused(folder):
     shard = pending(folder, take_in(folder))
     with pytest.raises(DataError, match=r"gave \d+ bytes where \d+ were planned"):
-        shard.put([0], buffers([0, 1]))
+        put(shard, [0], [0, 1])
     shard.discard()
 
 
 def test_a_part_is_done_only_with_its_record_its_size_and_its_plan(folder):
     plan = take_in(folder)
     shard = pending(folder, plan)
-    shard.put([0, 1, 2, 3], buffers([0, 1, 2, 3]))
+    put(shard, [0, 1, 2, 3], [0, 1, 2, 3])
     shard.seal({}, {})
     part = plan.parts[0]
     assert store.done(folder, part, plan.digest) is not None
@@ -242,7 +283,7 @@ def test_the_umask_decides_the_modes(mask, folder):
     try:
         plan = take_in(folder)
         shard = pending(folder, plan)
-        shard.put([0, 1, 2, 3], buffers([0, 1, 2, 3]))
+        put(shard, [0, 1, 2, 3], [0, 1, 2, 3])
         shard.seal({}, {})
         store.seal(folder, store.gathered(folder, plan, {}))
     finally:
@@ -256,7 +297,7 @@ def test_sealing_writes_the_manifest_and_drops_the_spooled_tokens(folder):
     plan = take_in(folder)
     assert not store.complete(folder, plan)
     shard = pending(folder, plan)
-    shard.put([0, 1, 2, 3], buffers([0, 1, 2, 3]))
+    put(shard, [0, 1, 2, 3], [0, 1, 2, 3])
     shard.seal({}, {})
     assert not store.complete(folder, plan)
     manifest = store.gathered(folder, plan, {"by": "a test"})
@@ -428,7 +469,7 @@ def test_a_failed_task_stops_those_that_wait_behind_it():
 
 def test_a_shard_without_all_its_rows_is_not_sealed(folder):
     shard = pending(folder, take_in(folder))
-    shard.put([0, 2, 1], buffers([0, 2, 1]))
+    put(shard, [0, 2, 1], [0, 2, 1])
     with pytest.raises(DataError, match="the rows of 1 prompts never came"):
         shard.seal({}, {})
     shard.discard()

@@ -500,10 +500,10 @@ SLOW = """
 import time
 from actdump import engine
 from actdump.cli import main
-real = engine.capture
-def capture(*args, **kwargs):
+real = engine.stream
+def stream(*args, **kwargs):
     time.sleep(0.2)
     return real(*args, **kwargs)
-engine.capture = capture
+engine.stream = stream
 main()
 """

@@ -434,8 +434,8 @@ def test_alone_in_its_batch_such_a_value_is_kept(make):
     model = make()
     found = probed(model, "layers[0].output", apart=True)
     for ids in random_ids([5, 9], 60):
-        captured = engine.capture(model, found.sites, found.feed, Batch((0,), (ids,)))
-        assert torch.equal(captured.rows[0], next(iter(entries_of(model.layers[0](model.embed(torch.tensor([ids]))))))[0])
+        (rows,) = engine.capture(model, found.sites, found.feed, Batch((0,), (ids,)))
+        assert torch.equal(*rows.each(), next(iter(entries_of(model.layers[0](model.embed(torch.tensor([ids]))))))[0])
 
 
 def test_one_prompt_a_batch_needs_nothing_shown_about_batches(tmp_path):

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from actdump.address import Child, Index, Item, Key, Nth, Tap, written
+from actdump.address import Child, Index, Item, Key, Nth, Slice, Tap, written
 from actdump.engine.site import Site
 
 
@@ -94,6 +94,14 @@ def _entry(value: Any, item: Item, held: Any) -> Any:
     except (IndexError, KeyError, AttributeError):
         pass
     raise Unfit(f"`{written(item)}` leads nowhere: the port held {described(held)}")
+
+
+def tensor_index(item: Item) -> Any:
+    """An item of an address as what a tensor is indexed with."""
+    if isinstance(item, Nth):
+        return item.number
+    entries = cast(Index, item).entries
+    return tuple(slice(entry.start, entry.stop, entry.step) if isinstance(entry, Slice) else entry for entry in entries)
 
 
 def which_call(site: Site, calls: int, again: int) -> int:

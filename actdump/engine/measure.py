@@ -1,8 +1,8 @@
 """What captured rows look like, measured where they are: on their device, before they leave it."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,6 +10,19 @@ from torch import Tensor
 
 from actdump.plan import Layout
 from actdump.statistics import POSITIONS, Statistics
+
+
+class Early:
+    """Which rows are of the first tokens of prompts, told by the place of each row's token in its prompt."""
+
+    def __init__(self, places: "np.ndarray") -> None:
+        self._rows = np.flatnonzero(places < POSITIONS)
+        self._places = places[self._rows]
+        self._counts: list[int] = np.bincount(self._places, minlength=POSITIONS).tolist()
+
+    def summed(self, norms: "np.ndarray") -> tuple[list[int], list[float]]:
+        """How many rows each of the first places has, and the sums of their norms."""
+        return self._counts, np.bincount(self._places, norms[self._rows], POSITIONS).tolist()
 
 
 @dataclass(frozen=True)
@@ -38,11 +51,15 @@ class Measured:
         """The largest finite absolute value before the cast, where it lost any."""
         return float(self.figures[4])
 
-    def statistics(self, places: "np.ndarray | None") -> Statistics:
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Measured":
+        """The same figures elsewhere."""
+        return replace(self, norms=move(self.norms), figures=move(self.figures))
+
+    def statistics(self, early: "Early | None") -> Statistics:
         """The figures as statistics.
 
         Args:
-            places: for each row the place of its token in the prompt; `None` where a row is no token.
+            early: which rows are of the first tokens of prompts; `None` where a row is no token.
         """
         total, largest, nonfinite = self.figures[:3].tolist()
         norms = self.norms.double().numpy()
@@ -50,7 +67,7 @@ class Measured:
         mean = total / finite if finite else 0.0
         spread = norms.dot(norms) / finite - mean**2 if finite else 0.0
         flat = self.layout.flat
-        rows, sums = _by_position(places, norms)
+        rows, sums = early.summed(norms) if early is not None else ([], [])
         return Statistics(
             rows=self.shape[1] if flat else self.shape[0],
             values=self.shape[0] * self.shape[1],
@@ -62,15 +79,6 @@ class Measured:
             rows_by_position=tuple(rows),
             norm_by_position=tuple(each / max(count, 1) for each, count in zip(sums, rows, strict=True)),
         )
-
-
-def _by_position(places: "np.ndarray | None", norms: "np.ndarray") -> tuple[list[int], list[float]]:
-    """How many rows the first tokens of prompts have, and the sums of their norms."""
-    if places is None:
-        return [], []
-    early = places < POSITIONS
-    counts, sums = (np.bincount(places[early], weights, POSITIONS) for weights in (None, norms[early]))
-    return counts.tolist(), sums.tolist()
 
 
 def measure(stored: Tensor, computed: Tensor, layout: Layout) -> Measured:
@@ -91,20 +99,6 @@ def measure(stored: Tensor, computed: Tensor, layout: Layout) -> Measured:
     else:
         norms, figures = _measured_with_care(exact, computed if computed is not stored else None)
     return Measured(layout, (exact.shape[0], exact.shape[1]), norms, figures)
-
-
-def joined(pieces: Sequence[Measured]) -> Measured:
-    """The figures of the rows of several forwards, as those of one."""
-    first, figures = pieces[0], torch.cat([piece.figures[None] for piece in pieces])
-    vectors, width = (sum(sizes) for sizes in zip(*(piece.shape for piece in pieces), strict=True))
-    shape = (first.shape[0], width) if first.layout.flat else (vectors, first.shape[1])
-    summed, largest = figures.sum(0), figures.amax(0)
-    return Measured(
-        first.layout,
-        shape,
-        torch.cat([piece.norms for piece in pieces]),
-        torch.stack([summed[0], largest[1], summed[2], summed[3], largest[4]]),
-    )
 
 
 def _largest(values: Tensor) -> Tensor:

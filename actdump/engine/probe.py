@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -171,6 +172,7 @@ def _labelled(site: Site, tokens: Selection | None, dtype: str | None, alone: li
         return Fault(site.tap, str(reason))
 
 
+@cache
 def _axes(alone: tuple[int, ...], together: tuple[int, ...]) -> tuple[Axis, ...]:
     if len(alone) != len(together):
         raise Unfit(f"its number of axes depends on the input: {alone} and {together}")

@@ -101,6 +101,16 @@ class Site:
         return leading in (["batch", "token"], ["batch*token"]) and [str(axis) for axis in self.axes[:count]] == leading
 
     @cached_property
+    def everything(self) -> bool:
+        """Whether a batch without padding is kept as it is: all rows of batch and token."""
+        return self.rowwise and self.selection == "all"
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether the tensor is one entry for each prompt, which is kept as it is."""
+        return bool(self.axes and self.axes[0].batch) and self.token_axis is None and not self.index
+
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The storage type. Needs a probed site."""
         assert self.layout is not None

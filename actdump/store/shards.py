@@ -3,7 +3,7 @@
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
@@ -23,7 +23,7 @@ from actdump.format import (
     temporary,
 )
 from actdump.inputs import sha256 as file_sha256
-from actdump.plan import Column, Part, Plan
+from actdump.plan import Part, Plan
 from actdump.statistics import Statistics, merged
 from actdump.store.files import flush_folder, storage, to_json, write, write_atomically
 from actdump.store.locks import me
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-AHEAD = 2  # batches that may wait for the writer
+AHEAD = 2  # batches, or shards, that may wait for the writer
+FLUSH = 64 << 20  # bytes after which what was put is flushed, if the writer has nothing else to do
 
 
 class Pending:
@@ -51,7 +52,11 @@ class Pending:
         self.ids, self.lengths = ids, lengths
         self.missing = set(range(len(ids)))
         self.closed = False
-        self.offsets = [np.cumsum([0, *map(column.layout.rows, lengths)], dtype=np.int64) for column in plan.columns]
+        self.columns = {column.name: column for column in plan.columns}
+        self.offsets = {
+            name: np.cumsum([0, *map(column.layout.rows, lengths)], dtype=np.int64) for name, column in self.columns.items()
+        }
+        self._unflushed = 0
         with storage(self.hidden):
             folder.shards.mkdir(exist_ok=True)
             self.descriptor = os.open(self.hidden, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -73,34 +78,47 @@ class Pending:
             raise StorageError(f"{self.final}: {self.layout.size:,} bytes cannot be allocated: {error.strerror}") from error
         with storage(self.hidden):
             write(self.descriptor, self.layout.header, 0)
-            for column, offsets in zip(self.plan.columns, self.offsets, strict=True):
-                self._place(column.name + OFFSETS, offsets)
+            for name, offsets in self.offsets.items():
+                self._place(name + OFFSETS, offsets)
             self._place(TOKENS, np.concatenate(ids).astype("<i4"))
             self._place(TOKENS + OFFSETS, np.cumsum([0, *self.lengths], dtype=np.int64))
 
     def _place(self, name: str, values: "Array") -> None:
         write(self.descriptor, values.tobytes(), self.layout.tensors[name].start)
 
-    def put(self, places: Sequence[int], buffers: "Iterable[Array]") -> None:
-        """Write the rows of one batch: for each column, the bytes of all its prompts one after another.
+    def put(self, name: str, places: Sequence[int], buffer: "Array") -> None:
+        """Write the rows of one batch at one tap.
 
         Args:
             places: the places of the batch's prompts in the part, in the batch's order.
+            buffer: the bytes of the rows, one prompt after another.
         """
+        offsets, size = self.offsets[name], self.columns[name].layout.row_bytes
+        start, view = self.layout.tensors[name].start, buffer.data
+        taken = 0
         with storage(self.hidden):
-            for column, offsets, buffer in zip(self.plan.columns, self.offsets, buffers, strict=True):
-                self._put(column, offsets, places, buffer.data)
+            for place in places:
+                first, last = int(offsets[place]) * size, int(offsets[place + 1]) * size
+                write(self.descriptor, view[taken : taken + last - first], start + first)
+                taken += last - first
+        if taken != len(view):
+            raise DataError(f"{name}: a batch gave {len(view)} bytes where {taken} were planned")
+        self._unflushed += taken
+
+    def complete(self, places: Sequence[int]) -> None:
+        """The rows of these prompts were put at every tap."""
         self.missing.difference_update(places)
 
-    def _put(self, column: Column, offsets: "Array", places: Sequence[int], view: memoryview) -> None:
-        start, size = self.layout.tensors[column.name].start, column.layout.row_bytes
-        taken = 0
-        for place in places:
-            first, last = int(offsets[place]) * size, int(offsets[place + 1]) * size
-            write(self.descriptor, view[taken : taken + last - first], start + first)
-            taken += last - first
-        if taken != len(view):
-            raise DataError(f"{column.name}: a batch gave {len(view)} bytes where {taken} were planned")
+    @property
+    def wants_flush(self) -> bool:
+        """Whether so much was put since the last flush that the one before the seal would take long."""
+        return self._unflushed >= FLUSH
+
+    def flush(self) -> None:
+        """Bring what was put so far to the device."""
+        self._unflushed = 0
+        with storage(self.hidden):
+            os.fsync(self.descriptor)
 
     def seal(self, statistics: Mapping[str, Statistics], written: Mapping[str, Any]) -> Shard:
         """Flush, hash, rename, and write the record: the part is done.
@@ -124,7 +142,7 @@ class Pending:
             os.replace(self.hidden, self.final)
             flush_folder(self.final.parent)
         part = self.part
-        rows = {column.name: int(offsets[-1]) for column, offsets in zip(self.plan.columns, self.offsets, strict=True)}
+        rows = {name: int(offsets[-1]) for name, offsets in self.offsets.items()}
         place = part.number, self.plan.digest, part.first, part.prompts, part.tokens
         shard = Shard(*place, self.layout.size, digest, rows, statistics, written)
         write_atomically(self.folder.record(part.number), to_json(shard_to_json(shard)))
@@ -188,6 +206,11 @@ class Writer:
         while self._waiting and (len(self._waiting) >= AHEAD or self._waiting[0].done()):
             self._waiting.popleft().result()
         self._waiting.append(self._thread.submit(self._run, task, *args))
+
+    def flush(self, shard: Pending) -> None:
+        """Let the thread flush a shard that wants it, if it has nothing else to do: its waiting for the disk costs nobody time."""
+        if shard.wants_flush and all(task.done() for task in self._waiting):
+            self.do(shard.flush)
 
     def _run(self, task: Callable[..., Any], *args: Any) -> None:
         """Do a task, unless one before it failed: what follows may build on it, as a seal does on the rows."""

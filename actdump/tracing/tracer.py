@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from actdump.address import Address, Tap
-from actdump.engine import Feed, Site, bind, capture, capture_whole, feed_for, probe, values
+from actdump.engine import Feed, Site, bind, capture, capture_whole, feed_for, probe
 from actdump.errors import AddressError, TraceError, UsageError
 from actdump.plan import Batch, Budget, batches
 from actdump.state import State
@@ -159,11 +159,10 @@ def _run_each(traced: Traced, prompts: _Prompts, taps: Sequence[Tap]) -> list[li
     found: list[list[Any]] = [[None] * len(prompts) for _ in sites]
     for places in batches(list(map(len, prompts)), BUDGET):
         batch = Batch(tuple(places), tuple(prompts[place] for place in places))
-        captured = capture(traced.module, sites, feed, batch)
-        captured.wait()
-        for site, rows, kept in zip(sites, captured.rows, found, strict=True):
-            for place, value in zip(places, values(site, rows, batch.lengths), strict=True):
-                kept[place] = (value if site.dropped is None else value.unsqueeze(site.dropped)).clone()
+        for rows, kept in zip(capture(traced.module, sites, feed, batch), found, strict=True):
+            rows.wait()
+            for place, value in zip(places, rows.each(), strict=True):
+                kept[place] = (value if rows.site.dropped is None else value.unsqueeze(rows.site.dropped)).clone()
     return found
 
 

@@ -65,7 +65,10 @@ def written(plan: Plan, lengths: Array, source: Array, root: Path) -> None:
                 shard = pendings.begin(folder, plan, part, [np.zeros(length, dtype="<i4") for length in own])
                 for places in batches(shard.lengths, plan.budget):
                     size = sum(own[place] for place in places) * WIDTH * 2
-                    writer.do(shard.put, places, [source[:size]] * TAPS)
+                    for column in plan.columns:
+                        shard.put(column.name, places, source[:size])
+                    shard.complete(places)
+                    writer.flush(shard)
                 writer.do(shard.seal, {}, {})
             writer.finish()
     finally:
