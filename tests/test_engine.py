@@ -459,6 +459,18 @@ def test_a_fault_leaves_the_other_sites_alone():
         _ = found.sites
 
 
+def test_the_probe_runs_to_the_end_only_to_count_calls():
+    """What follows the last site runs for the two shapes, and not again where only values are compared."""
+    ladder = Ladder()
+    ran = Counter()
+    for place, layer in enumerate(ladder.layers):
+        layer.register_forward_pre_hook(lambda _, __, place=place: ran.update([place]))
+    found = probed(ladder, [tap("layers[1].output"), tap("layers[0].output")])
+    assert found.verified
+    assert (ran[0], ran[1]) == (3, 3)
+    assert {ran[place] for place in range(2, len(ladder.layers))} == {2}
+
+
 def test_a_shape_that_the_probe_did_not_promise_is_an_error():
     model = Ladder()
     found = probed(model, [tap("layers[1].output")])

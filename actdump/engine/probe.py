@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from actdump.address import Index, Item, Nth, Selection, Slice, Tap, parse, written
-from actdump.engine.hooks import Unfit, copied, described, form, hooked, not_a_tensor, read, which_call
+from actdump.engine.hooks import Stop, Unfit, copied, described, form, hooked, not_a_tensor, read, which_call
 from actdump.engine.site import Axis, Feed, Site, bind, cut_out, fits, shape_text
 from actdump.errors import ActdumpError, AddressError, UsageError
 from actdump.plan import ITEM_BYTES, Layout
@@ -86,7 +86,8 @@ def probe(
 
     Measured (tests/test_zoo.py): causal and recurrent models need no mask, whatever their positions (learned, rotary, ALiBi),
     windows, experts or scans, because nothing of a token comes from what follows it; models that look both ways need one. A
-    mask that is used without need costs time and changes no value, so every doubt ends with the mask.
+    mask that is used without need costs time and changes no value, so every doubt ends with the mask: experts are one on CPUs where
+    the last bits of a token hang on how many tokens its expert is given.
 
     Args:
         apart: every prompt will run in a batch of its own, so nothing needs to be shown about batches.
@@ -105,12 +106,12 @@ def probe(
         return Probe(runs, replace(feed, masked=not apart), verified=False)
     found = [run if isinstance(run, Site) else None for run in runs]
     batch_values = _row_values(found, batch)
-    changed = _row_values(found, _observe(model, sites, feed, ids["changed"]))
+    changed = _row_values(found, _observe(model, sites, feed, ids["changed"], like=batch))
     masked = not all(map(_same_bits, batch_values, changed)) or (any(map(_coarse, found)) and _looks_around(model, feed, ids))
     if masked:
         mask = torch.ones(TOGETHER, dtype=torch.long)
         mask[ROW, ALONE[1] :] = 0
-        batch_values = _row_values(found, _observe(model, sites, feed, ids["changed"], mask))
+        batch_values = _row_values(found, _observe(model, sites, feed, ids["changed"], mask, like=batch))
     alone_values = [
         None if site is None else _probed_value(site, seen, ALONE, 0) for site, seen in zip(found, alone, strict=True)
     ]
@@ -131,12 +132,35 @@ def _probe_ids(feed: Feed) -> dict[str, Tensor]:
     return {"alone": prompt[None], "together": together, "changed": changed}
 
 
-def _observe(model: nn.Module, sites: Sequence[Site], feed: Feed, ids: Tensor, mask: Tensor | None = None) -> list[list[Any]]:
-    """Run one forward to its end; for each site, what its port held at each call."""
+def _observe(
+    model: nn.Module,
+    sites: Sequence[Site],
+    feed: Feed,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    *,
+    like: Sequence[list[Any]] | None = None,
+) -> list[list[Any]]:
+    """Run one forward; for each site, what its port held at each call.
+
+    Args:
+        like: what another forward gave; this one ends when every site was called as often. Without it, it runs to its end.
+    """
     seen: list[list[Any]] = [[] for _ in sites]
-    with torch.no_grad(), hooked(sites, lambda place, held: seen[place].append(copied(held))):
+    missing = {place for place, calls in enumerate(like or ()) if calls}
+
+    def keep(place: int, held: Any) -> None:
+        seen[place].append(copied(held))
+        if like is not None and len(seen[place]) == len(like[place]):
+            missing.discard(place)
+            if not missing:
+                raise Stop
+
+    with torch.no_grad(), hooked(sites, keep):
         try:
             model(**feed.arguments(ids, mask))
+        except Stop:
+            pass
         except ActdumpError:
             raise
         except Exception as error:  # a model's code can raise anything; it is told in full, and chained

@@ -13,6 +13,7 @@ from actdump import prompts, store
 from actdump.errors import SpecError
 from actdump.job.bound import Bound
 from actdump.job.underway import patiently
+from actdump.job.watching import Watcher
 from actdump.plan import Part, parts
 from actdump.spec import Spec
 
@@ -50,12 +51,14 @@ def tokenised(
     return model.tokenise(prompts.read(spec.prompts, stdin), tokenizer, spec.tokenizer, source)
 
 
-def tokenizer_for(spec: Spec, source: "Source") -> Any | None:
+def tokenizer_for(spec: Spec, source: "Source", watcher: Watcher) -> Any | None:
     """The tokenizer; `None` where no prompt needs one, or the model has none."""
     from actdump import model
 
-    needed = spec.prompts.rows is None or any(row.input_ids is None for row in spec.prompts.rows)
-    return model.load_tokenizer(spec.tokenizer, source) if needed else None
+    if spec.prompts.rows is not None and all(row.input_ids is not None for row in spec.prompts.rows):
+        return None
+    watcher.step("loading the tokenizer")
+    return model.load_tokenizer(spec.tokenizer, source)
 
 
 def cut(spec: Spec, bound: Bound, lengths: Sequence[int], stdin: Path | None) -> tuple[Part, ...]:

@@ -41,11 +41,12 @@ def forecast(spec: Spec, watcher: Watcher | None = None) -> Forecast:
     watcher.step("reading the model's config")
     bound, weighed = survey(spec, watcher=watcher)
     budget = budget_for(spec, bound.source)
+    tokenizer = tokenizer_for(spec, bound.source, watcher)
     watcher.step("tokenising")
     lengths = array("i")
     with standard_input(spec) as stdin:
         _ = inputs.of(spec, stdin).stamps  # they are there
-        for _, ids in tokenised(spec, bound.source, tokenizer_for(spec, bound.source), stdin):
+        for _, ids in tokenised(spec, bound.source, tokenizer, stdin):
             lengths.extend(map(len, ids))
         plan = make({}, bound.columns, cut(spec, bound, lengths, stdin), budget)
     size = computed = count = 0

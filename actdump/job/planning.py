@@ -128,9 +128,9 @@ def take_in(
 ) -> tuple[Plan, Bound]:
     """Tokenise all prompts, load the model, and write plan, tokens and prompts; with a plan found, only what is missing."""
     folder = job.folder
-    job.watcher.step("tokenising")
     with uncollected():
-        tokenizer = tokenizer_for(job.spec, source)
+        tokenizer = tokenizer_for(job.spec, source, job.watcher)
+    job.watcher.step("tokenising")
     with store.Intake(folder) as intake:
         for prompts, ids in tokenised(job.spec, source, tokenizer, job.stdin):
             job.check_stop()

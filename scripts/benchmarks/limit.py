@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from benchmarks.bare import bare, best_budget, forwards, padded_batches
-from benchmarks.rounds import Figure, Goal, in_turns, ratio, timed, times
+from benchmarks.rounds import Figure, Goal, in_turns, ratio, seconds, timed, times
 from benchmarks.running import Dumping, spec_of
 from benchmarks.setting import Setting, say
 from benchmarks.subject import FOLDER, TASKS, A, B, load, tokenizer
@@ -32,10 +32,10 @@ def _tasks(setting: Setting, prompts: Prompts, dtype: str) -> Iterator[Figure]:
     taken = in_turns({**limits, **runs}, setting.rounds)
     yield from times(taken, dtype)
     for name, run in runs.items():
-        yield from times({what: tuple(each) for what, each in run.fixed.items()}, f"{dtype}: {name}, of that")
+        yield seconds(f"{dtype}: {name}, loading the tokenizer before it", tuple(run.before))
+        yield seconds(f"{dtype}: {name}, of it the probe", tuple(run.probing))
     for name, limit in LIMITS.items():
         yield ratio(f"{dtype}: {name} / {limit}", taken, name, limit, GOALS[name])
     for name, limit in LIMITS.items():
-        once = zip(taken[name], *runs[name].fixed.values(), strict=True)
-        rest = {name: tuple(whole - tokenizer - probing for whole, tokenizer, probing in once), limit: taken[limit]}
-        yield ratio(f"{dtype}: {name} without loading the tokenizer and probing / {limit}", rest, name, limit)
+        rest = {name: tuple(map(float.__sub__, taken[name], runs[name].probing)), limit: taken[limit]}
+        yield ratio(f"{dtype}: {name} without the probe / {limit}", rest, name, limit)

@@ -14,7 +14,7 @@ from actdump.plan import Part, Plan
 from actdump.spec import Spec
 from benchmarks import child
 from benchmarks.rounds import Figure, Goal, in_turns, ratio, timed
-from benchmarks.running import LOADING, TOKENIZER, Stopwatch, spec_of, watched
+from benchmarks.running import LOADING, Stopwatch, spec_of, watched
 from benchmarks.setting import Setting
 from benchmarks.subject import FOLDER, Task, tokenizer
 from benchmarks.texts import english
@@ -83,13 +83,13 @@ class _Planning(Stopwatch):
 def planned(prompts: Path, out: Path) -> tuple[float, float]:
     """The real run of a model that is next to nothing, until the plan is there: seconds, and the bytes held before.
 
-    What is loaded on the way is taken off, because the tokenizer alone is measured with it loaded.
+    What is loaded on the way is taken off.
     """
     watch = _Planning()
     try:
         with watched() as taken, suppress(_Planned):
             job.run(_spec(prompts), out, watcher=watch)
-        return watch.since("tokenising") - taken[LOADING] - taken[TOKENIZER], watch.before
+        return watch.since("tokenising") - taken[LOADING], watch.before
     finally:
         shutil.rmtree(out, ignore_errors=True)
 

@@ -83,12 +83,14 @@ class Dumping:
     The run loads the model on the way, as the command does; only that is taken off. What is written is removed.
 
     Attributes:
-        fixed: of that, the seconds of each run for what it does once, however many prompts there are.
+        before: the seconds of each run for loading the tokenizer, which comes before.
+        probing: of what was timed, the seconds of each run for the probe, however many prompts there are.
     """
 
     spec: Spec
     out: Path
-    fixed: dict[str, list[float]] = field(default_factory=lambda: {TOKENIZER: [], PROBING: []})
+    before: list[float] = field(default_factory=list)
+    probing: list[float] = field(default_factory=list)
 
     def __call__(self) -> float:
         watch = Stopwatch()
@@ -101,7 +103,7 @@ class Dumping:
             os.sync()  # what is still on its way to the disk would slow the next side down
         if outcome.state != "done":
             raise RuntimeError(f"the run was {outcome.state}")
-        for name, each in self.fixed.items():
-            each.append(taken.get(name, 0.0))
+        self.before.append(taken.get(TOKENIZER, 0.0))
+        self.probing.append(taken.get(PROBING, 0.0))
         gc.collect()
         return seconds
