@@ -4,6 +4,18 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on a busy machine, spinning threads take minutes
 
+import pytest
+import torch
+
 from actdump.model import avoid_faulty_amx
 
 avoid_faulty_amx()  # oneDNN looks at its environment once, at its first use, which could be in any test
+
+
+@pytest.fixture
+def one_thread():
+    """Torch with one thread, as in the processes that are compared with this one: with some CPUs' kernels the last bits hang on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

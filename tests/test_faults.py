@@ -315,13 +315,13 @@ def test_a_folder_of_foreign_files_with_our_names_is_not_repaired(tmp_path):
 
 
 def test_rows_that_never_came_end_in_65(tmp_path, spec_file, monkeypatch):
-    put = store.Pending.put
+    complete = store.Pending.complete
 
-    def forgetful(self, places, buffers):
+    def forgetful(self, places):
         if self.part.number != 2:
-            put(self, places, buffers)
+            complete(self, places)
 
-    monkeypatch.setattr(store.Pending, "put", forgetful)
+    monkeypatch.setattr(store.Pending, "complete", forgetful)
     assert "never came" in command("run", spec_file, "-o", tmp_path / "out", code=65)
     assert not (tmp_path / "out/manifest.json").exists()
     assert not (tmp_path / "out/shards/00002.safetensors").exists()
@@ -356,9 +356,9 @@ def test_a_part_that_vanishes_is_made_again_or_the_run_fails(name, tmp_path, sea
 def test_a_folder_removed_during_the_run_is_no_success(tmp_path, spec_file, monkeypatch):
     put = store.Pending.put
 
-    def removed(self, places, buffers):
+    def removed(self, *words):
         shutil.rmtree(self.folder.root, ignore_errors=True)
-        put(self, places, buffers)
+        put(self, *words)
 
     monkeypatch.setattr(store.Pending, "put", removed)
     assert "No such file" in command("run", spec_file, "-o", tmp_path / "out", code=74)
@@ -768,7 +768,7 @@ def test_fifty_kills_of_two_workers(tmp_path, forks):
         assert states(spec, root) == "up to date"
 
 
-def test_two_specs_at_once_on_one_folder(tmp_path, forks):
+def test_two_specs_at_once_on_one_folder(tmp_path, forks, one_thread):
     specs = [make_spec(60, shard={"tokens": 30}, tokens=tokens) for tokens in ("last", "first")]
     wholes = [tmp_path / "last", tmp_path / "first"]
     for spec, whole in zip(specs, wholes, strict=True):

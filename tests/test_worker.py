@@ -269,6 +269,7 @@ def whole(spec, tmp_path_factory):
 
 
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ended(processes):
