@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from actdump import model
 from actdump.errors import MissingError, SpecError, UsageError
+from actdump.model import hub, tokenizer
 from actdump.prompts import Prompt
 from actdump.spec import ModelSpec, TokenizerSpec
 
@@ -125,7 +127,7 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(url)
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(model, "get_hf_file_metadata", fail)
+    monkeypatch.setattr(hub, "get_hf_file_metadata", fail)
     return asked
 
 
@@ -137,8 +139,8 @@ def patient(name: str, **_) -> None:
 def test_a_mistyped_path_is_told_at_once_without_a_network(tmp_path: Path, monkeypatch, unreachable: list[str], source) -> None:
     (tmp_path / "models/tiny-gpt2").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(model.AutoConfig, "from_pretrained", patient)
-    monkeypatch.setattr(model.AutoTokenizer, "from_pretrained", patient)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", patient)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", patient)
     with pytest.raises(MissingError, match=r"model: `models/tiny-gtp2` is neither .* did you mean `models/tiny-gpt2`\?"):
         model.find(ModelSpec(name="models/tiny-gtp2"))
     with pytest.raises(MissingError, match=r"tokenizer: .* did you mean `models/tiny-gpt2`\?"):
@@ -150,14 +152,14 @@ def test_a_hub_id_that_looks_like_a_path_is_taken_from_the_hub(tmp_path: Path, m
     """A folder may be called as an organisation is: whatever the hub answers, its id counts."""
     (tmp_path / "models/tiny-gpt2").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(model, "get_hf_file_metadata", lambda url, **_: None)
-    monkeypatch.setattr(model.AutoConfig, "from_pretrained", lambda name, **_: GPT2Config(name_or_path=name))
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda url, **_: None)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name, **_: GPT2Config(name_or_path=name))
     assert model.find(ModelSpec(name="models/tiny-gtp2")).config.name_or_path == "models/tiny-gtp2"
 
 
 def test_a_hub_id_that_is_no_path_is_not_asked_for_twice(tmp_path: Path, monkeypatch, unreachable: list[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(model.AutoConfig, "from_pretrained", lambda name, **_: GPT2Config())
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name, **_: GPT2Config())
     model.find(ModelSpec(name="models/tiny-gpt2"))
     model.find(ModelSpec(name="gpt2"))
     assert unreachable == []
@@ -226,11 +228,11 @@ def test_mistakes_come_in_the_order_of_the_prompts(source: model.Source) -> None
     """Though the chunk after a mistake may have been read already."""
 
     def read():
-        yield from (prompt([1], number) for number in range(model.CHUNK - 1))
-        yield prompt([100], model.CHUNK - 1)
+        yield from (prompt([1], number) for number in range(tokenizer.CHUNK - 1))
+        yield prompt([100], tokenizer.CHUNK - 1)
         raise AssertionError("the line after")
 
-    with pytest.raises(SpecError, match=rf"prompts\[{model.CHUNK - 1}\]: .* token id 100"):
+    with pytest.raises(SpecError, match=rf"prompts\[{tokenizer.CHUNK - 1}\]: .* token id 100"):
         list(model.tokenise(read(), None, TokenizerSpec(), source))
 
 
@@ -286,9 +288,9 @@ def test_an_unlimited_reader_is_read_piece_by_piece(source: model.Source) -> Non
 
     spec = TokenizerSpec()
     tokenised = model.tokenise(endless(), None, spec, source)
-    assert next(tokenised)[1] == [[1, 2]] * model.CHUNK
+    assert next(tokenised)[1] == [[1, 2]] * tokenizer.CHUNK
     tokenised.close()
-    assert taken <= 2 * model.CHUNK
+    assert taken <= 2 * tokenizer.CHUNK
 
 
 def test_a_token_outside_the_vocabulary(source: model.Source) -> None:

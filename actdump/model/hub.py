@@ -1,0 +1,89 @@
+"""The hub and the library that loads from it: what is asked of them, and how their errors and bars are kept in hand."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+
+from actdump.errors import DataError, MissingError, UsageError, did_you_mean
+from actdump.spec import ModelSpec
+
+
+def ask_once(name: str, revision: str | None) -> None:
+    """Ask the hub once for what may be a mistyped path: `models/x`, beside other folders in `models`.
+
+    Both readings are possible, so an answer of any kind lets it pass. Without a network, loading asks six times in 20 seconds.
+
+    Raises:
+        OSError: the hub does not answer.
+    """
+    if not neighbours(name) or isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
+    except HfHubHTTPError:
+        return  # an answer
+    except Exception as error:  # whatever the hub's HTTP library raises
+        raise OSError(f"the hub does not answer ({first_line(error)})") from error
+
+
+def neighbours(name: str) -> list[str]:
+    """The folders beside the one that a name would be as a path."""
+    parent = Path(name).expanduser().parent
+    if "/" not in name or not parent.is_dir():
+        return []
+    return [str(path) for path in sorted(parent.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+
+
+def hub_options(spec: ModelSpec) -> dict[str, Any]:
+    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    if spec.revision is not None:
+        options["revision"] = spec.revision
+    if spec.gguf_file is not None:
+        options["gguf_file"] = spec.gguf_file
+    return options
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and advice off the screen; its errors are ours to word."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    logger.setLevel(logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+@contextmanager
+def wording(spec: ModelSpec) -> Iterator[None]:
+    """Word the errors of loading: what is missing is an input, the rest is how it was asked for."""
+    name = spec.source or "config"
+    try:
+        yield
+    except SafetensorError as error:
+        raise DataError(f"model: a weights file of `{name}` is broken: {first_line(error)}; fetch it again") from error
+    except OSError as error:
+        if spec.folder is not None:
+            raise MissingError(f"model: `{name}` cannot be loaded: {first_line(error)}") from error
+        raise MissingError(
+            f"model: `{name}` is neither a local folder nor found on the hub: {first_line(error)}"
+            f"{did_you_mean(name, neighbours(name))}"
+        ) from error
+    except (ValueError, TypeError, ImportError, KeyError, RuntimeError) as error:
+        raise UsageError(f"model: `{name}` cannot be loaded: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

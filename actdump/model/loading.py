@@ -1,0 +1,115 @@
+"""A model with its weights, or as a skeleton without them, on its device."""
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from actdump.errors import UsageError
+from actdump.model.hub import hub_options, quiet, wording
+from actdump.model.source import Source
+
+log = logging.getLogger(__name__)
+
+CLASSES = {"causal-lm": AutoModelForCausalLM, "masked-lm": AutoModelForMaskedLM, "base": AutoModel}
+
+
+def skeleton(source: Source) -> nn.Module:
+    """The model on the meta device: all modules and shapes, no weights."""
+    with torch.device("meta"):
+        return _random(source)
+
+
+def load(source: Source) -> nn.Module:
+    """The model with its weights, in evaluation mode, on its device.
+
+    Raises:
+        MissingError: the weights are not there.
+        UsageError: the model cannot be loaded in the way asked for.
+    """
+    spec = source.spec
+    device = pick_device(spec.device)
+    if device.type == "cpu":
+        avoid_faulty_amx()
+    if spec.config is not None:
+        torch.manual_seed(spec.seed)
+        model = _random(source)
+    else:
+        model = _loaded(source)
+    return (model if spec.device_map is not None else model.to(device)).eval()
+
+
+def _random(source: Source) -> nn.Module:
+    options = {} if source.spec.attn_implementation is None else {"attn_implementation": source.spec.attn_implementation}
+    with quiet(), wording(source.spec):
+        model: nn.Module = CLASSES[source.task].from_config(
+            source.config, trust_remote_code=source.spec.trust_remote_code, dtype=source.dtype, **options
+        )
+        return model.eval()
+
+
+def _loaded(source: Source) -> nn.Module:
+    spec = source.spec
+    options: dict[str, Any] = {
+        "dtype": "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype),
+        "output_loading_info": True,
+    }
+    if spec.attn_implementation is not None:
+        options["attn_implementation"] = spec.attn_implementation
+    if spec.device_map is not None:
+        options["device_map"] = spec.device_map
+    with quiet(), wording(spec):
+        model, info = CLASSES[source.task].from_pretrained(str(spec.folder or spec.name), **hub_options(spec), **options)
+    if missing := sorted(info["missing_keys"]):
+        log.warning("the checkpoint has no weights for %s: they are random, and so is all that they compute", _some(missing))
+    result: nn.Module = model
+    return result
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is an accelerator where there is one.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"model.device: `{name}` is not a device; use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
+        raise UsageError(f"model.device: there is no {device.type} device here; use `device: auto`")
+    return device
+
+
+def avoid_faulty_amx() -> None:
+    """Keep oneDNN from AMX where the CPU says that it has it and faults on it, as some virtual machines do.
+
+    Shown by one small product in a child process. oneDNN reads the variable at its first use:
+    https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html
+    """
+    info = Path("/proc/cpuinfo")
+    if "ONEDNN_MAX_CPU_ISA" in os.environ or not info.exists() or "amx_bf16" not in info.read_text():
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads: the child computes and ends
+        child = os.fork()
+    if child == 0:
+        ones = torch.ones(32, 64, dtype=torch.bfloat16)
+        nn.functional.linear(ones, ones)
+        os._exit(0)
+    if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
+        log.warning("this CPU faults on its own AMX instructions; going on without them (ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16)")
