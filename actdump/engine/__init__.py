@@ -5,10 +5,11 @@ dropped. The probe makes this so: it sends tiny inputs of two shapes through the
 gave, which labels every axis; then it shows, on values, that a prompt cut out of a padded batch is the prompt run alone.
 """
 
+from actdump.engine.axes import Fault, dtype_name
 from actdump.engine.capture import Sink, capture, evened, stream
 from actdump.engine.hooks import copied, described
 from actdump.engine.padded import Padded, positions
-from actdump.engine.probe import Fault, Probe, dtype_name, outline, probe
+from actdump.engine.probe import Probe, outline, probe
 from actdump.engine.rows import Rows
 from actdump.engine.site import Axis, Feed, Site, bind, feed_for
 from actdump.engine.whole import capture_whole
