@@ -2,7 +2,8 @@
 
 The oracle is a plain forward of one prompt with plain PyTorch hooks on all modules; nothing of ours takes part in it. For each
 family all modules are tapped at `.output`, at the further tensors of what they return, and at `.input`; where a module runs
-more than once, at every call. What `check` refuses must stand in the table below with its reason.
+more than once, at every call. What `check` refuses must stand in the table below with its reason. How many values a family has
+hangs on the release of transformers: the table holds for the one in `scripts/constraints.txt`.
 
 `python tests/test_zoo.py` measures the zoo anew, prints the table and how far batched values drift from single ones. Measured
 per token over all families and places (torch 2.13, one CPU thread):
@@ -28,6 +29,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from test_values import SELECTIONS, TEXTS, assert_padded, made, needed, random_ids
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -74,7 +76,7 @@ REASONS = {
 EXPECTED = {
     "gpt2": Row(62, 2, False, {"attn.attn_dropout": NEVER}),
     "gpt_neox": Row(63, 2, False),
-    "gptj": Row(72, 8, False),
+    "gptj": Row(67, 2, False),
     "opt": Row(56, 2, False, {"model": NEVER}),
     "bloom": Row(60, 8, False),
     "falcon": Row(49, 4, False, {"self_attention.attention_dropout": NEVER}),
@@ -326,7 +328,9 @@ def test_every_value_of_every_module_is_that_of_the_prompt_alone(key, tmp_path):
     found, *drifts = row(key, tmp_path)
     worst = {place.name: error.max().item() for drift in drifts for place, error in drift.items()}
     assert max(worst.values()) < TOLERANCE, {name: error for name, error in worst.items() if error >= TOLERANCE}
-    assert found == EXPECTED[key], "`python tests/test_zoo.py` prints the new table"
+    assert found == EXPECTED[key], (
+        f"under transformers {transformers.__version__}; `python tests/test_zoo.py` prints the new table"
+    )
 
 
 @pytest.mark.parametrize("key", FAMILIES)
