@@ -253,6 +253,16 @@ def _entry(text: str, entry: str, position: int) -> int | Slice | EllipsisType:
     )
 
 
+def parse_slice(text: str) -> Slice | None:
+    """Read a slice such as `2:5`; `None` where the text is none.
+
+    Raises:
+        AddressError: its step is 0.
+    """
+    found = _SLICE.fullmatch(text.strip())
+    return None if found is None else _slice(text, found, 0)
+
+
 def _slice(text: str, found: re.Match[str], position: int) -> Slice:
     start, stop, step = (None if group is None else int(group) for group in found.groups())
     if step == 0:
@@ -342,74 +352,3 @@ def _out_of_range(step: Nth, path: tuple[Step, ...], size: int) -> str:
     nearest = size - 1 if step.number >= 0 else -size
     place = path_text(path)
     return f"did you mean `{place}[{nearest}]`? `{place}` has {size} entries, 0 to {size - 1}, so there is no [{step.number}]"
-
-
-# ------------------------------------------------------------------------------------------------------------- taps
-
-Selection = Literal["all", "first", "last", "mean"] | tuple[int, ...] | Slice
-WORDS = ("all", "first", "last", "mean")
-
-
-def parse_selection(value: object) -> Selection:
-    """Read which tokens to keep: a word, a list of positions, or a slice as text (`"2:5"`).
-
-    Raises:
-        AddressError: it is none of these.
-    """
-    if isinstance(value, str):
-        if value in WORDS:
-            return cast(Selection, value)
-        if (found := _SLICE.fullmatch(value.strip())) and value.strip():
-            return _filled(_slice(value, found, 0))
-    if isinstance(value, list) and value and all(type(entry) is int for entry in value):
-        return tuple(value)
-    raise AddressError(
-        f"`{value}` does not select tokens; use all, first, last, mean, "
-        'a list of positions such as [0, -1], or a slice such as "2:5"'
-    )
-
-
-def _filled(entries: Slice) -> Slice:
-    """The slice, if some prompt is long enough for it to pick anything."""
-    bounds = [abs(bound) for bound in (entries.start, entries.stop) if bound is not None]
-    if not entries.of(sum(bounds) + 1):
-        raise AddressError(f"the slice {entries} never picks a token")
-    return entries
-
-
-@dataclass(frozen=True)
-class Tap:
-    """What to keep at an address.
-
-    Attributes:
-        name: its name on disk, as the user spelt it where one address gives one tap.
-        address: the resolved address, when bound; as written, before.
-        tokens: which tokens to keep; `None` where nobody said, which means all.
-        dtype: the storage type, or `None` for the type in which it was computed.
-        call: which call of a module that runs several times in a forward; `None` where it must run once.
-    """
-
-    name: str
-    address: Address
-    tokens: Selection | None = None
-    dtype: str | None = None
-    call: int | None = None
-
-
-def expand_tap(tap: Tap, root: Tree, *, named: bool) -> list[Tap]:
-    """The taps that one line of `save` stands for in a model.
-
-    Args:
-        named: the user gave the name, so a pattern's taps are that name and what the pattern picked: `resid[4]`.
-    """
-    resolved = expand(tap.address, root)
-    if not tap.address.many:
-        return [replace(tap, address=resolved[0])]
-    if not named:
-        return [replace(tap, name=str(address), address=address) for address in resolved]
-    return [replace(tap, name=tap.name + _picked(tap.address, address), address=address) for address in resolved]
-
-
-def _picked(pattern: Address, resolved: Address) -> str:
-    steps = zip(pattern.module, resolved.module, strict=True)
-    return "".join(written(taken) for step, taken in steps if isinstance(step, Some | Every))

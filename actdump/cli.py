@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -154,7 +154,7 @@ def _run(
     as_json: bool,
     quiet: bool,
 ) -> Path:
-    from actdump import console, job
+    from actdump import console, job, views
 
     console.start_logging(quiet)
     with signals, nullcontext() if quiet else console.Bar() as bar:
@@ -167,10 +167,10 @@ def _run(
         state = "nothing to repair" if repair and outcome.state == "up to date" else outcome.state
         console.say(f"{root}: {state}: {counts}, {console.size(manifest.bytes)}, {outcome.seconds:.1f} s")
         if outcome.state == "done" and manifest.audit is not None:
-            console.say(f"{root}: {console.audit_words(manifest.audit)}")
+            console.say(f"{root}: {views.audit_words(manifest.audit)}")
     result = {"state": outcome.state, "manifest": str(outcome.path), "digest": manifest.digest, "prompts": manifest.prompts,
               "tokens": manifest.tokens, "bytes": manifest.bytes, "seconds": round(outcome.seconds, 3),
-              "audit": console.audit_totals(manifest.audit)}  # fmt: skip
+              "audit": views.audit_totals(manifest.audit)}  # fmt: skip
     typer.echo(json.dumps(result) if as_json else outcome.path)
     return outcome.path
 
@@ -186,34 +186,25 @@ def check(spec: SpecFile, output: Output = None, sets: Sets = None, limit: Limit
 
 
 def _show_forecast(spec: "Spec", root: Path, as_json: bool, quiet: bool) -> None:
-    from actdump import console, job, store
+    from actdump import console, job, store, views
 
     console.start_logging(quiet)
     with console.Bar() as bar:
         forecast = job.forecast(spec, None if quiet else bar)
     free = store.free_space(root)
     if as_json:
-        typer.echo(json.dumps(console.forecast_json(forecast, free)))
+        typer.echo(json.dumps(views.forecast_json(forecast, free)))
         return
-    plan = forecast.plan
-    console.table(console.forecast_table(forecast))
-    share = 1 - plan.tokens / max(forecast.padded, 1)
-    fits = "" if forecast.bytes <= free else " (TOO LITTLE)"
+    views.show(views.forecast_table(forecast))
     console.out.print()
-    console.table(console.facts_table([
-        ("prompts", f"{plan.prompts:,}, {plan.tokens:,} tokens"),
-        ("parts", f"{len(plan.parts):,}"),
-        ("batches", f"{forecast.batches:,} of at most {plan.budget.tokens:,} padded tokens; {share:.1%} of what is computed is padding"),
-        ("size", f"{forecast.bytes:,} bytes; {free:,} are free at {root}{fits}"),
-        ("probed", "with weights" if forecast.weighed else "without weights, by shapes; a run also checks values"),
-    ]))  # fmt: skip
+    views.show(views.facts_table(views.forecast_facts(forecast, root, free)))
 
 
 @app.command()
 def explain(spec: SpecFile, output: Output = None, sets: Sets = None, limit: Limit = None, as_json: Json = False) -> None:
     """Say what a run would find in its folder: nothing yet, its own dump, or another one and what differs."""
     with _quitting():
-        from actdump import console, job
+        from actdump import console, job, views
 
         loaded = _load(spec, sets, limit)
         root = _root(loaded, output)
@@ -222,7 +213,7 @@ def explain(spec: SpecFile, output: Output = None, sets: Sets = None, limit: Lim
         if as_json:
             typer.echo(json.dumps({"state": found.state, "reasons": found.reasons}))
             return
-        for line in console.explanation(root, found):
+        for line in views.explanation(root, found):
             console.out.print(line)
 
 
@@ -232,14 +223,14 @@ def status(
 ) -> None:
     """Say how far a dump is: parts done, in hand and missing; exit code 0 only when it is complete, and 75 before."""
     with _quitting():
-        from actdump import console, store
+        from actdump import store, views
         from actdump.format import Folder
 
         found = store.status(Folder(out))
         if as_json:
             typer.echo(json.dumps(asdict(found)))
         else:
-            console.table(console.facts_table(console.status_facts(found)))
+            views.show(views.facts_table(views.status_facts(found)))
         if not found.complete:
             raise typer.Exit(Stopped.code)
 
@@ -253,7 +244,7 @@ def tree(
 ) -> None:
     """Show the modules of a model with their classes and the axes of their outputs."""
     with _quitting():
-        from actdump import console, job
+        from actdump import console, job, views
         from actdump.spec import model_spec
 
         console.start_logging(quiet=False)
@@ -262,56 +253,35 @@ def tree(
         found = list(job.modules(wanted, grep=grep, depth=depth))
         if not found:
             raise UsageError(f"no module of `{model}` has `{grep}` in its path or class")
-        console.table(console.tree_table(found))
+        views.show(views.tree_table(found))
 
 
 @app.command()
 def show(out: Folder, as_json: Json = False) -> None:
     """Show what a dump holds."""
     with _quitting():
-        from actdump import console, reader
+        from actdump import console, reader, views
 
         dump = reader.open_dump(out)
         if as_json:
             typer.echo(dump.folder.manifest.read_text(), nl=False)
             return
-        console.table(console.facts_table(_summary(dump.manifest)))
+        views.show(views.facts_table(views.manifest_facts(dump.manifest)))
         console.out.print()
-        console.table(console.manifest_table(dump.manifest))
+        views.show(views.manifest_table(dump.manifest))
         if dump.manifest.statistics:
             console.out.print()
-            console.table(console.statistics_table(dump.manifest))
-
-
-def _summary(manifest: Any) -> list[tuple[str, str]]:
-    from actdump import console
-
-    model, made = manifest.facts["model"], manifest.made
-    git = made.get("git")
-    versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
-    return [
-        (
-            "model",
-            f"{model['name']}{'@' + model['commit'][:12] if model['commit'] else ''} ({model['class']}, {model['dtype']})",
-        ),
-        ("prompts", f"{manifest.prompts:,}, {manifest.tokens:,} tokens"),
-        ("shards", f"{len(manifest.shards):,}, {console.size(manifest.bytes)}"),
-        ("digest", manifest.digest),
-        ("made", f"{made['finished']} on {made['host']} ({made['device']}) in {made['seconds']:.1f} s"),
-        ("audit", console.audit_words(manifest.audit)),
-        ("with", versions),
-        *([("git", git["commit"] + (" with changes" if git["changed"] else ""))] if git else []),
-    ]
+            views.show(views.statistics_table(dump.manifest))
 
 
 @app.command()
 def verify(out: Folder) -> None:
     """Compare every byte of a dump with its manifest."""
     with _quitting():
-        from actdump import console, reader
+        from actdump import console, reader, verify
 
         dump = reader.open_dump(out)
-        if faults := reader.verify(dump):
+        if faults := verify.faults(dump):
             raise DataError("\n".join(faults))
         typer.echo(f"{out}: whole: {console.counted(len(dump.manifest.shards), 'shard')}, {dump.manifest.bytes:,} bytes")
 
@@ -325,7 +295,7 @@ def audit(
 ) -> None:
     """Run prompts of a dump alone, without actdump's engine, and compare them with the files."""
     with _quitting():
-        from actdump import audit, console
+        from actdump import audit, console, views
 
         console.start_logging(quiet=False)
         with console.Bar() as bar:
@@ -333,8 +303,8 @@ def audit(
         if as_json:
             typer.echo(json.dumps(found))
             return
-        console.table(console.audit_table(found))
-        console.out.print(f"{out}: {console.audit_words(found)}")
+        views.show(views.audit_table(found))
+        console.out.print(f"{out}: {views.audit_words(found)}")
 
 
 @app.command()
@@ -347,13 +317,13 @@ def diff(
 ) -> None:
     """Compare two dumps: prompts by id, taps by name, tokens one by one; exit code 65 if they differ by more than the limits."""
     with _quitting():
-        from actdump import console, diff, reader
+        from actdump import console, diff, reader, views
 
         found = diff.compare(reader.open_dump(first), reader.open_dump(second), diff.Limits(atol, rtol))
         if as_json:
             typer.echo(json.dumps(diff.to_json(found)))
         elif found.taps:
-            console.table(console.difference_table(found))
+            views.show(views.difference_table(found))
         if found.faults:
             raise DataError("\n".join(found.faults))
         if not as_json:

@@ -2,16 +2,15 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from actdump.errors import DataError, MissingError, UsageError, did_you_mean
-from actdump.format import OFFSETS, TOKENS, Folder, Manifest, Shard, manifest_from_json, plan_from_json, shard_from_json
-from actdump.inputs import sha256
-from actdump.plan import Column, Plan
+from actdump.format import OFFSETS, TOKENS, Folder, Manifest, Shard, manifest_from_json
+from actdump.plan import Column
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +77,7 @@ class Dump:
         self.names = [column.name for column in manifest.columns]
         self.prompts = Prompts(self)
         self._firsts = [shard.first for shard in manifest.shards]
-        self._open: dict[int, _OpenShard] = {}
+        self._open: dict[int, OpenShard] = {}
 
     def __getitem__(self, name: str) -> "Values":
         """The values of a tap, by the user's name, the address as written, or the resolved address.
@@ -103,18 +102,20 @@ class Dump:
             f"Dump({str(self.folder.root)!r}: {len(self)} prompts, {self.manifest.tokens} tokens, taps {', '.join(self.names)})"
         )
 
-    def shard_of(self, number: int) -> "_OpenShard":
+    def shard_of(self, number: int) -> "OpenShard":
         """The shard that holds a prompt, opened."""
         place = bisect_right(self._firsts, number) - 1
         if place not in self._open:
             if len(self._open) == KEPT:
                 del self._open[next(iter(self._open))]
-            self._open[place] = _OpenShard(self.folder, self.manifest.shards[place])
+            self._open[place] = OpenShard(self.folder, self.manifest.shards[place])
         return self._open[place]
 
 
 @dataclass
-class _OpenShard:
+class OpenShard:
+    """A shard, mapped into memory when it is first asked for something."""
+
     folder: Folder
     shard: Shard
     _offsets: dict[str, Sequence[int]] = field(default_factory=dict)
@@ -296,94 +297,3 @@ class Prompts:
 
     def __iter__(self) -> Iterator[PromptRecord]:
         return (self[number] for number in range(len(self)))
-
-
-def verify(dump: Dump) -> list[str]:
-    """Compare every file of a dump with the manifest: sizes, sha256 and structure. The faults found, in words; none if whole."""
-    columns, shards = dump.manifest.columns, dump.manifest.shards
-    faults = [fault for shard in shards for fault in verify_shard(dump.folder, columns, shard)]
-    return [*_verify_plan(dump), *faults, *verify_prompts(dump.folder, dump.manifest.facts)]
-
-
-def verify_shard(folder: Folder, columns: Sequence[Column], shard: Shard) -> list[str]:
-    """Compare a shard and its record with what the manifest, or the record itself, says of them; the faults found, in words."""
-    path = folder.shard(shard.number)
-    return [
-        *(_file_faults(path, shard.sha256, shard.bytes) or _structure(folder, columns, shard)),
-        *_verify_record(folder, shard),
-    ]
-
-
-def verify_prompts(folder: Folder, facts: Mapping[str, Any]) -> list[str]:
-    """Compare prompts.jsonl with the facts of the plan; the faults found, in words."""
-    return _file_faults(folder.prompts, facts["prompts"]["sha256"], facts["prompts"]["bytes"])
-
-
-def _file_faults(path: Path, digest: str, size: int) -> list[str]:
-    try:
-        found = path.stat().st_size
-        if found != size:
-            return [f"{path}: {found:,} bytes, but it had {size:,} when it was written"]
-        return [] if sha256(path) == digest else [f"{path}: the bytes changed since it was written (sha256 differs)"]
-    except FileNotFoundError:
-        return [f"{path}: missing"]
-    except OSError as error:
-        return [f"{path}: cannot be read: {error.strerror}"]
-
-
-def _structure(folder: Folder, columns: Sequence[Column], shard: Shard) -> list[str]:
-    opened = _OpenShard(folder, shard)
-    names = set(opened.file.keys())
-    wanted = {name for column in columns for name in (column.name, column.name + OFFSETS)} | {TOKENS, TOKENS + OFFSETS}
-    path = folder.shard(shard.number)
-    if names != wanted:
-        return [f"{path}: holds {sorted(names ^ wanted)[:4]} more or less than planned"]
-    return [
-        f"{path}: {column.name} has the shape {tuple(found)}, and should have {(shard.rows[column.name], *column.layout.row)}"
-        for column in columns
-        if tuple(found := opened.file.get_slice(column.name).get_shape()) != (shard.rows[column.name], *column.layout.row)
-    ]
-
-
-def _verify_record(folder: Folder, shard: Shard) -> list[str]:
-    path = folder.record(shard.number)
-    record = _read(path, shard_from_json)
-    if isinstance(record, str):
-        return [record]
-    ours = ("number", "digest", "first", "prompts", "tokens", "bytes", "sha256", "rows")
-    wrong = [f"`{name}`" for name in ours if getattr(record, name) != getattr(shard, name)]
-    return [f"{path}: {', '.join(wrong)}: not what manifest.json says"] if wrong else []
-
-
-def _verify_plan(dump: Dump) -> list[str]:
-    plan = _read(dump.folder.plan, plan_from_json)
-    return [plan] if isinstance(plan, str) else verify_manifest(dump.folder, dump.manifest, plan)
-
-
-def verify_manifest(folder: Folder, manifest: Manifest, plan: Plan) -> list[str]:
-    """Compare a manifest with the plan, and its totals with its shards; the faults found, in words."""
-    if manifest.digest != plan.digest:
-        return [f"{folder.plan}: not the plan of this dump: its digest is not that in manifest.json"]
-    parts = [(part.number, part.first, part.prompts, part.tokens) for part in plan.parts]
-    same = {
-        "columns": manifest.columns == plan.columns,
-        "facts": manifest.facts == plan.facts,
-        "shards": [(shard.number, shard.first, shard.prompts, shard.tokens) for shard in manifest.shards] == parts,
-        "prompts": manifest.prompts == plan.prompts,
-        "tokens": manifest.tokens == plan.tokens,
-        "bytes": manifest.bytes == sum(shard.bytes for shard in manifest.shards),
-    }
-    wrong = [f"`{name}`" for name, right in same.items() if not right]
-    return [f"{folder.manifest}: {', '.join(wrong)}: not what plan.json says"] if wrong else []
-
-
-def _read(path: Path, kind: Callable[[Any], T]) -> T | str:
-    """What a JSON file holds, or in words why it cannot be read."""
-    try:
-        return kind(json.loads(path.read_bytes()))
-    except FileNotFoundError:
-        return f"{path}: missing"
-    except OSError as error:
-        return f"{path}: cannot be read: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError, DataError) as error:
-        return f"{path}: broken: {error if path.stat().st_size else 'the file is empty'}"

@@ -21,9 +21,13 @@ class State:
 
     def __init__(self, model: nn.Module) -> None:
         self._kept = [_Kept.of(module) for module in _keepers(model) if not module.training]
+        # Every table and where it should stand, in one list, because it is gone through after every forward.
+        self._places = [(kept.module._buffers, name, table) for kept in self._kept for name, table in kept.tables.items()]
 
     def restored(self) -> bool:
         """Give back what forwards changed; whether they had changed anything."""
+        if all([buffers.get(name) is table.buffer and table.untouched for buffers, name, table in self._places]):
+            return False
         changed = [kept.restored() for kept in self._kept]
         return any(changed)
 
@@ -53,7 +57,7 @@ class _Table:
     @property
     def untouched(self) -> bool:
         """Whether it is certain, without a look at the values, that nobody wrote into the buffer."""
-        return self.writes is not None and self.writes == _writes(self.buffer)
+        return self.writes is not None and self.writes == self.buffer._version
 
     def restored(self) -> bool:
         if self.untouched:
@@ -84,8 +88,6 @@ class _Kept:
 
     def restored(self) -> bool:
         buffers = self.module._buffers
-        if all(buffers.get(name) is table.buffer and table.untouched for name, table in self.tables.items()):
-            return False
         replaced = [name for name, table in self.tables.items() if buffers.get(name) is not table.buffer]
         written = [table.restored() for table in self.tables.values()]
         if not replaced and not any(written):

@@ -5,24 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actdump.address import (
-    PORTS,
-    Address,
-    Child,
-    Every,
-    Index,
-    Key,
-    Nth,
-    Slice,
-    Some,
-    Tap,
-    expand,
-    expand_tap,
-    module_at,
-    parse,
-    parse_selection,
-)
+from actdump.address import PORTS, Address, Child, Every, Index, Key, Nth, Slice, Some, expand, module_at, parse
 from actdump.errors import AddressError
+from actdump.tap import Tap, expand_tap, parse_selection
 
 integers = st.integers(-40, 40)
 slices = st.builds(Slice, *[st.none() | integers] * 2, st.none() | integers.filter(bool))

@@ -19,13 +19,14 @@ from zoo import FAMILIES
 
 from actdump import engine, job, store
 from actdump import model as models
-from actdump.address import Tap, parse
+from actdump.address import parse
 from actdump.cli import app
 from actdump.engine import site
 from actdump.errors import DataError
 from actdump.inputs import sha256
 from actdump.job import capturing
 from actdump.spec import Spec
+from actdump.tap import Tap
 
 capture = importlib.import_module("actdump.engine.capture")  # the name in its package is the function
 padded_module = importlib.import_module("actdump.engine.padded")

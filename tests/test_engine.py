@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from zoo import VOCABULARY, Ladder, Step, Toy, build
 
-from actdump.address import Slice, Tap, parse
+from actdump.address import Slice, parse
 from actdump.engine import Fault, Site, bind, capture, capture_whole, evened, feed_for, positions, probe, stream
 from actdump.errors import AddressError, DataError, UsageError
 from actdump.plan import Batch, Layout
+from actdump.tap import Tap
 
 LENGTHS = (4, 9, 2, 17, 7, 7, 3, 12, 1, 5, 14, 6)
 EVEN = (6, 6, 6)

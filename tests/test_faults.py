@@ -18,11 +18,10 @@ from test_mistakes import mounted, require
 from typer.testing import CliRunner
 
 import actdump
-from actdump import job, model, store
+from actdump import job, model, store, verify
 from actdump.cli import app
 from actdump.errors import ActdumpError, DataError, OccupiedError, Stopped, StorageError
 from actdump.job import loop
-from actdump.reader import verify
 from actdump.spec import Spec
 
 __all__ = ["forks"]
@@ -153,9 +152,9 @@ def test_all_damage_is_told_at_once_and_repaired_together(dump, sealed):
     lose(dump / "shards/00002.json")
     empty(dump / "shards/00003.safetensors")
     flip(dump / "prompts.jsonl")
-    assert len(verify(actdump.open(dump))) == 5
+    assert len(verify.faults(actdump.open(dump))) == 5
     assert states(many(), dump, repair=True) == "done"
-    assert verify(actdump.open(dump)) == []
+    assert verify.faults(actdump.open(dump)) == []
     assert contents(dump) == contents(sealed)
 
 
@@ -220,10 +219,10 @@ def test_a_repair_that_was_stopped_takes_nothing_broken_into_a_new_manifest(answ
         job.run(many(), dump, repair=True, stopping=lambda: next(asked, None) is None)
     except Stopped:
         if (dump / "manifest.json").exists():  # nothing was given up yet: it is still known to be broken
-            assert len(verify(actdump.open(dump))) == 2
+            assert len(verify.faults(actdump.open(dump))) == 2
             return
         assert states(many(), dump) == "done"
-    assert verify(actdump.open(dump)) == []
+    assert verify.faults(actdump.open(dump)) == []
     assert contents(dump) == contents(sealed)
 
 
@@ -264,7 +263,7 @@ def test_a_dump_that_lost_a_part_is_open_until_it_is_whole_again(dump):
 def test_files_that_cannot_be_read_are_faults_with_their_names(dump):
     for name in ("shards/00000.safetensors", "shards/00001.json", "prompts.jsonl"):
         become_a_folder(dump / name)
-    faults = verify(actdump.open(dump))
+    faults = verify.faults(actdump.open(dump))
     assert len(faults) == 3
     assert all(name in fault for name, fault in zip(("00000.safetensors", "00001.json", "prompts.jsonl"), faults, strict=True))
 
@@ -490,7 +489,7 @@ def test_times_of_files_decide_nothing(year, dump, sealed):
         os.utime(path, (EPOCHS[year], EPOCHS[year]))
     before = snapshot(dump)
     assert states(many(), dump) == "up to date"
-    assert verify(actdump.open(dump)) == []
+    assert verify.faults(actdump.open(dump)) == []
     assert snapshot(dump) == before
     lose(dump / "shards/00001.json")
     assert states(many(), dump) == "done"
@@ -588,7 +587,7 @@ def test_batches_that_do_not_fit_are_halved_and_the_values_stay(kind, tmp_path, 
         sizes = short_of_memory(patch, 64, MEMORY[kind])
         job.run(spec, tmp_path / "out")
     assert max(sizes) > 64
-    assert verify(actdump.open(tmp_path / "out")) == []
+    assert verify.faults(actdump.open(tmp_path / "out")) == []
     records = [json.loads(path.read_text())["written"] for path in sorted(tmp_path.glob("out/shards/*.json"))]
     assert all(0 < record["halved"] <= record["batches"] for record in records[:-1])
     assert json.loads((tmp_path / "roomy/shards/00000.json").read_text())["written"]["halved"] == 0
@@ -664,7 +663,7 @@ def test_a_process_with_little_memory(tmp_path):
     said = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
     assert said.returncode == 0, said.stderr
     assert json.loads((tmp_path / "out/shards/00000.json").read_text())["written"]["halved"] == 1
-    assert verify(actdump.open(tmp_path / "out")) == []
+    assert verify.faults(actdump.open(tmp_path / "out")) == []
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -763,7 +762,7 @@ def test_fifty_kills_of_two_workers(tmp_path, forks):
     while kills < 50:
         root = tmp_path / f"after {kills} kills"
         kills += killed_again_and_again(start, root, chance, 50 - kills)
-        assert verify(actdump.open(root)) == []
+        assert verify.faults(actdump.open(root)) == []
         assert contents(root) == whole
         assert states(spec, root) == "up to date"
 
@@ -785,4 +784,4 @@ def test_two_specs_at_once_on_one_folder(tmp_path, forks, one_thread):
         codes = [worker.exitcode for worker in workers]
         assert sorted(codes) == [0, 73]
         assert contents(root) == contents(wholes[codes.index(0)])
-        assert verify(actdump.open(root)) == []
+        assert verify.faults(actdump.open(root)) == []

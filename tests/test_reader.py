@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import actdump
-from actdump import job
+from actdump import job, verify
 from actdump.errors import DataError, MissingError, UsageError
-from actdump.reader import verify
 from actdump.spec import Spec
 
 CONFIG = {
@@ -56,7 +55,7 @@ def damaged(tmp_path, root):
             target = tmp_path / "out" / path.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
-    assert verify(actdump.open(tmp_path / "out")) == []
+    assert verify.faults(actdump.open(tmp_path / "out")) == []
     return tmp_path / "out"
 
 
@@ -208,7 +207,7 @@ def test_a_value_is_the_callers_own(dump, root):
         kept = read().clone()
         read().fill_(1000)
         assert torch.equal(read(), kept)
-    assert verify(actdump.open(root)) == []
+    assert verify.faults(actdump.open(root)) == []
 
 
 def test_opening_reads_no_shard(damaged):
@@ -245,7 +244,7 @@ def test_a_manifest_that_is_none(content, damaged):
 
 
 def test_a_whole_dump_has_no_faults(dump):
-    assert verify(dump) == []
+    assert verify.faults(dump) == []
 
 
 @pytest.mark.parametrize("place", ["header", "first", "middle", "last"])
@@ -254,7 +253,7 @@ def test_a_flipped_bit_is_found(place, damaged):
     content = bytearray(path.read_bytes())
     content[{"header": 20, "first": len(content) // 3, "middle": len(content) // 2, "last": -1}[place]] ^= 1
     path.write_bytes(content)
-    (fault,) = verify(actdump.open(damaged))
+    (fault,) = verify.faults(actdump.open(damaged))
     assert "00001.safetensors: the bytes changed" in fault
 
 
@@ -263,7 +262,7 @@ def test_a_flipped_bit_in_the_prompts_is_found(damaged):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    (fault,) = verify(actdump.open(damaged))
+    (fault,) = verify.faults(actdump.open(damaged))
     assert "prompts.jsonl: the bytes changed" in fault
 
 
@@ -272,7 +271,7 @@ def test_a_cut_shard_a_missing_shard_and_a_missing_record_are_found(damaged):
     (damaged / "shards/00001.safetensors").unlink()
     (damaged / "shards/00002.json").unlink()
     (damaged / "prompts.jsonl").write_text("")
-    faults = verify(actdump.open(damaged))
+    faults = verify.faults(actdump.open(damaged))
     assert len(faults) == 4
     assert "00000.safetensors: 100 bytes, but it had" in faults[0]
     assert "00001.safetensors: missing" in faults[1]

@@ -37,10 +37,11 @@ from zoo import FAMILIES, Toy
 
 import actdump
 from actdump import engine, job
-from actdump.address import Tap, parse
+from actdump.address import parse
 from actdump.errors import AddressError, UsageError
 from actdump.plan import Batch
 from actdump.spec import Spec
+from actdump.tap import Tap
 
 README = Path(__file__).parents[1] / "README.md"
 TOLERANCE = 1e-5

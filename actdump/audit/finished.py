@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from actdump import inputs, model, reader, store
+from actdump import inputs, model, reader, store, verify
 from actdump.audit.choice import Choice, choose
 from actdump.audit.comparison import Audit, compare
 from actdump.errors import DataError, MissingError, UsageError
@@ -101,5 +101,5 @@ def _check_files(manifest: Manifest, spec: ModelSpec) -> None:
 def _check_shards(dump: Dump, choice: Choice) -> None:
     shards = {shard.number: shard for number in choice.numbers for shard in [dump.shard_of(number).shard]}
     columns = dump.manifest.columns
-    if faults := [fault for shard in shards.values() for fault in reader.verify_shard(dump.folder, columns, shard)]:
+    if faults := [fault for shard in shards.values() for fault in verify.shard_faults(dump.folder, columns, shard)]:
         raise DataError("\n".join(faults))

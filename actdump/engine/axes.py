@@ -8,10 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from actdump.address import Index, Item, Nth, Selection, Slice, Tap, written
+from actdump.address import Index, Item, Nth, Slice, written
 from actdump.engine.hooks import Unfit, form, not_a_tensor, read, which_call
 from actdump.engine.site import Axis, Site, shape_text
 from actdump.plan import ITEM_BYTES, Layout
+from actdump.tap import Selection, Tap
 
 # Two shapes whose ratios and differences name every axis: from (1, 7) to (4, 12), a batch axis grows by a factor 4, a token
 # axis by 12/7, their product by 48/7, and a token axis with something added by 5, which is no multiple of 4 - 1.

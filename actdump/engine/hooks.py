@@ -7,8 +7,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from actdump.address import Child, Index, Item, Key, Nth, Slice, Tap, written
+from actdump.address import Child, Index, Item, Key, Nth, Slice, written
 from actdump.engine.site import Site
+from actdump.tap import Tap
 
 
 class Stop(BaseException):

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actdump.address import Selection, Slice
+from actdump.address import Slice
 from actdump.engine.measure import Early
 from actdump.engine.site import Axis, Feed, Site
 from actdump.plan import Batch, Layout
+from actdump.tap import Selection
 
 
 class Padded:

@@ -7,12 +7,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from actdump.address import Selection, Tap, parse
+from actdump.address import parse
 from actdump.engine.axes import ALONE, TOGETHER, Fault, axes_of, labelled
 from actdump.engine.hooks import Stop, Unfit, copied, described, hooked, read, which_call
 from actdump.engine.site import Axis, Feed, Site, bind, cut_out, fits, shape_text
 from actdump.errors import ActdumpError, AddressError, UsageError
 from actdump.plan import Layout
+from actdump.tap import Selection, Tap
 
 # The row of TOGETHER that begins with the prompt of ALONE: not the first, the last or the middle one, so that a stray [0] or
 # [-1] and a reversed batch would show.

@@ -9,10 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from actdump.address import Index, Item, Nth, Selection, Slice, Tap, Tree, expand_tap, module_at
+from actdump.address import Index, Item, Nth, Slice, Tree, module_at
 from actdump.errors import AddressError, UsageError
 from actdump.plan import Column, Layout
 from actdump.state import State
+from actdump.tap import Selection, Tap, expand_tap
 
 
 @dataclass(frozen=True)

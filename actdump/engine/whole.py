@@ -7,10 +7,11 @@ from typing import Any, cast
 
 from torch import nn
 
-from actdump.address import Index, Nth, Tap, written
+from actdump.address import Index, Nth, written
 from actdump.engine.hooks import Stop, Unfit, copied, hooked, not_a_tensor, read, tensor_index, which_call
 from actdump.engine.site import Site
 from actdump.errors import AddressError
+from actdump.tap import Tap
 
 
 def capture_whole(

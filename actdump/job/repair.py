@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from actdump import reader, store
+from actdump import reader, store, verify
 from actdump.errors import DataError, MissingError
 from actdump.format import Folder, Manifest
 from actdump.job.underway import Damage, Job
@@ -43,11 +43,11 @@ def _damage(job: Job, plan: Plan, parts: Sequence[Part]) -> Damage:
     for part in parts:
         job.check_stop()
         shard = store.done(folder, part, plan.digest) if manifest is None else manifest.shards[part.number]
-        if shard is not None and (found := reader.verify_shard(folder, plan.columns, shard)):
+        if shard is not None and (found := verify.shard_faults(folder, plan.columns, shard)):
             faults += found
             damaged.append(part)
     if manifest is not None or folder.prompts.exists():
-        faults += reader.verify_prompts(folder, plan.facts)
+        faults += verify.prompts_faults(folder, plan.facts)
     return Damage(tuple(faults), tuple(damaged))
 
 
@@ -59,5 +59,5 @@ def _manifest(folder: Folder, plan: Plan) -> tuple[Manifest | None, list[str]]:
         return None, []
     except DataError as error:
         return None, [str(error)]
-    faults = reader.verify_manifest(folder, manifest, plan)
+    faults = verify.manifest_faults(folder, manifest, plan)
     return (None if faults else manifest), faults

@@ -9,11 +9,12 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from actdump.address import Address, Tap
+from actdump.address import Address
 from actdump.engine import Feed, Site, bind, capture, capture_whole, feed_for, probe
 from actdump.errors import AddressError, TraceError, UsageError
 from actdump.plan import Batch, Budget, batches
 from actdump.state import State
+from actdump.tap import Tap
 from actdump.tracing.values import Saved
 
 BUDGET = Budget(tokens=4096)  # padded tokens that several prompts of one trace share in a forward

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
 from actdump import engine
-from actdump.address import Tap, parse
+from actdump.address import parse
 from actdump.plan import Batch
+from actdump.tap import Tap
 from benchmarks.rounds import Figure, Goal, in_turns, timed
 from benchmarks.setting import Setting, say
 
