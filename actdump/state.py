@@ -26,7 +26,7 @@ class State:
 
     def restored(self) -> bool:
         """Give back what forwards changed; whether they had changed anything."""
-        if all([buffers.get(name) is table.buffer and table.untouched for buffers, name, table in self._places]):
+        if all(buffers.get(name) is table.buffer and table.untouched for buffers, name, table in self._places):
             return False
         changed = [kept.restored() for kept in self._kept]
         return any(changed)

@@ -35,7 +35,7 @@ def test_sections_end_with_figures_on_the_screen_and_as_json(tmp_path):
         reason = f"{MODEL.name} is not there: run scripts/fetch_model"
         (pytest.fail if os.environ.get("ACTDUMP_REQUIRE_ALL") else pytest.skip)(reason)
     file = tmp_path / "figures.json"
-    sections = ["limit", "overhead", "writing", "gpu"]
+    sections = ["limit", "pairs", "overhead", "writing", "gpu"]
     before = set((ROOT / "out").glob("bench-*"))
     done = bench(*sections, "--quick", "--dtype", "float32", "--json", str(file))
     assert done.returncode == 0, done.stderr
@@ -44,7 +44,7 @@ def test_sections_end_with_figures_on_the_screen_and_as_json(tmp_path):
     assert found["quick"] is True
     assert found["machine"]["torch"]
     assert str(ROOT) not in file.read_text()
-    for section in sections[:3]:
+    for section in sections[:4]:
         figures = found["sections"][section]
         assert figures
         for figure in figures:
@@ -61,7 +61,7 @@ def test_sections_end_with_figures_on_the_screen_and_as_json(tmp_path):
 def test_an_unknown_section_is_refused():
     done = bench("speed")
     assert done.returncode == 2
-    assert "there is no section speed; there are limit, peers" in done.stderr
+    assert "there is no section speed; there are limit, pairs" in done.stderr
 
 
 def test_every_section_is_there_to_be_run():

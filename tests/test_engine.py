@@ -550,9 +550,9 @@ def test_rows_are_streamed_while_the_forward_goes_on():
     expected = torch.cat([ladder.after(1, each) for each in ids])
     assert torch.equal(kept["layers[1].output"].values, expected)
     assert bytes(kept["layers[1].output"].buffer()) == expected.numpy().tobytes()
-    assert kept["layers[1].output"].statistics().rows == 15
+    assert kept["layers[1].output"].measured.statistics().rows == 15
     assert kept["layers[2].output"].values.dtype == torch.bfloat16
-    assert kept["embed.input"].statistics() is None  # integers
+    assert kept["embed.input"].measured is None  # integers
 
 
 def test_a_batch_falls_into_batches_without_padding():

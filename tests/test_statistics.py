@@ -30,7 +30,7 @@ def rows(lengths, seed=0):
 
 def measured(values, lengths, layout=LAYOUT):
     early = None if layout.flat else Early(np.concatenate([np.arange(length) for length in lengths]))
-    return measure(values, values, layout).statistics(early)
+    return measure(values, values, layout, early).statistics()
 
 
 def expected(values, lengths):

@@ -8,6 +8,7 @@ gave, which labels every axis; then it shows, on values, that a prompt cut out o
 from actdump.engine.axes import Fault, dtype_name
 from actdump.engine.capture import Sink, capture, evened, stream
 from actdump.engine.hooks import copied, described
+from actdump.engine.measure import Measured
 from actdump.engine.padded import Padded, positions
 from actdump.engine.probe import Probe, outline, probe
 from actdump.engine.rows import Rows
@@ -18,6 +19,7 @@ __all__ = [
     "Axis",
     "Fault",
     "Feed",
+    "Measured",
     "Padded",
     "Probe",
     "Rows",

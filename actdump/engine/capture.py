@@ -99,8 +99,7 @@ class _Catch:
         self.side: torch.cuda.Stream | None = None
 
     def seen(self, place: int, held: Any) -> None:
-        site = self.sites[place]
-        call = self.calls[place]
+        site, call = self.sites[place], self.calls[place]
         self.calls[place] = call + 1
         if call != site.wanted:
             return
@@ -119,7 +118,7 @@ class _Catch:
         stored = computed if computed.dtype == site.dtype else computed.to(site.dtype)
         rows = Rows(site, self.padded, stored)
         if (self.sink is not None and stored.is_floating_point()) or (stored is not computed and _narrower(stored, computed)):
-            rows.measured = measure(stored, computed, cast(Layout, site.layout))
+            rows.measured = measure(stored, computed, cast(Layout, site.layout), self.padded.early(site))
         if self.sink is not None and not stored.is_cpu:
             self._land(rows)
         return rows
@@ -166,14 +165,16 @@ def _side_stream(device: torch.device) -> "torch.cuda.Stream":
 
 
 def _gathered(site: Site, value: Any, padded: Padded) -> Tensor:
-    """The rows that all prompts of the batch give at a site: a copy, never a view of the model's tensor."""
+    """The rows that all prompts of the batch give at a site: a copy, or the model's own tensor where a cast will copy it."""
     if not isinstance(value, Tensor) or value.shape != padded.shape(cast(tuple[Axis, ...], site.axes)):
         raise DataError(
             f"{site.tap.name}: the probe found {shape_text(site.axes or ())}, but for {len(padded.lengths)} prompts of "
             f"{padded.width} tokens it is {described(value)}"
         )
     if site.whole or (padded.even and site.everything):
-        return value.clone(memory_format=torch.contiguous_format)
+        if value.dtype != site.dtype:
+            return value
+        return value.clone() if value.is_contiguous() else value.contiguous()
     if site.rowwise:
         return _by_index(site, value, padded)
     shape = len(padded.lengths), padded.width

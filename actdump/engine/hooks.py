@@ -34,16 +34,16 @@ def hooked(sites: Sequence[Site], seen: Callable[[int, Any], None]) -> Iterator[
 
 
 def _hook(site: Site, place: int, seen: Callable[[int, Any], None]) -> RemovableHandle:
-    def given(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen(place, args[0] if args else next(iter(kwargs.values()), None))
-
     match site.tap.address.port:
         case "output":
             return site.module.register_forward_hook(lambda _module, _args, result: seen(place, result))
         case "outputs":
             return site.module.register_forward_hook(lambda _module, _args, result: seen(place, _as_arguments(result)))
         case "input":
-            return site.module.register_forward_pre_hook(given, with_kwargs=True)
+            return site.module.register_forward_pre_hook(
+                lambda _module, args, named: seen(place, args[0] if args else next(iter(named.values()), None)),
+                with_kwargs=True,
+            )
         case "inputs":
             return site.module.register_forward_pre_hook(lambda _module, *given: seen(place, given), with_kwargs=True)
 

@@ -30,6 +30,7 @@ class Measured:
     """Figures of the rows of one batch at one site, still on the device.
 
     Attributes:
+        early: which rows are of the first tokens of prompts; `None` where a row is no token.
         shape: how many vectors of how many values.
         norms: the Euclidean norm of each vector, float32.
         figures: the sum of all values, the largest absolute one, how many are not finite, how many of these were finite
@@ -37,9 +38,15 @@ class Measured:
     """
 
     layout: Layout
+    early: Early | None
     shape: tuple[int, int]
     norms: Tensor
     figures: Tensor
+
+    @property
+    def nonfinite(self) -> int:
+        """How many values are NaN or infinite."""
+        return int(self.figures[2])
 
     @property
     def lost(self) -> int:
@@ -55,19 +62,15 @@ class Measured:
         """The same figures elsewhere."""
         return replace(self, norms=move(self.norms), figures=move(self.figures))
 
-    def statistics(self, early: "Early | None") -> Statistics:
-        """The figures as statistics.
-
-        Args:
-            early: which rows are of the first tokens of prompts; `None` where a row is no token.
-        """
+    def statistics(self) -> Statistics:
+        """The figures as statistics; they must be on the CPU."""
         total, largest, nonfinite = self.figures[:3].tolist()
         norms = self.norms.double().numpy()
         finite = self.shape[0] * self.shape[1] - int(nonfinite)
         mean = total / finite if finite else 0.0
         spread = norms.dot(norms) / finite - mean**2 if finite else 0.0
         flat = self.layout.flat
-        rows, sums = early.summed(norms) if early is not None else ([], [])
+        rows, sums = self.early.summed(norms) if self.early is not None else ([], [])
         return Statistics(
             rows=self.shape[1] if flat else self.shape[0],
             values=self.shape[0] * self.shape[1],
@@ -81,12 +84,13 @@ class Measured:
         )
 
 
-def measure(stored: Tensor, computed: Tensor, layout: Layout) -> Measured:
+def measure(stored: Tensor, computed: Tensor, layout: Layout, early: Early | None) -> Measured:
     """Measure rows that are on their way into a file.
 
     Args:
         stored: the rows as they are stored, floating point.
         computed: the rows before the cast; the same tensor where there was none.
+        early: which rows are of the first tokens of prompts; `None` where a row is no token.
     """
     width = stored.numel() if layout.flat else math.prod(layout.row)
     vectors = stored.reshape(stored.numel() // max(width, 1), width)
@@ -98,7 +102,7 @@ def measure(stored: Tensor, computed: Tensor, layout: Layout) -> Measured:
         figures = torch.stack([exact.sum(), _largest(exact), none, none, none])
     else:
         norms, figures = _measured_with_care(exact, computed if computed is not stored else None)
-    return Measured(layout, (exact.shape[0], exact.shape[1]), norms, figures)
+    return Measured(layout, early, (exact.shape[0], exact.shape[1]), norms, figures)
 
 
 def _largest(values: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from actdump.engine.padded import Padded
 from actdump.engine.site import Site
 from actdump.errors import DataError
 from actdump.plan import ITEM_BYTES, Layout
-from actdump.statistics import Statistics
 
 
 @dataclass(slots=True)
@@ -46,10 +45,6 @@ class Rows:
     def buffer(self) -> "np.ndarray":
         """The bytes of the rows, without a copy where they stand one after another."""
         return self.values.contiguous().view(-1).view(torch.uint8).numpy()
-
-    def statistics(self) -> Statistics | None:
-        """What the values look like; `None` where nobody measured, or where they are no floating point numbers."""
-        return None if self.measured is None else self.measured.statistics(self.padded.early(self.site))
 
     def each(self) -> list[Tensor]:
         """The value of each prompt, batch axis dropped."""

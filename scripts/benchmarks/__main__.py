@@ -8,6 +8,7 @@ from pathlib import Path
 
 SECTIONS = {
     "limit": "A, B and C against the bare forwards",
+    "pairs": "the same batch by batch, where the machine's speed wavers",
     "peers": "A with nnsight, baukit, output_hidden_states and hooks by hand",
     "overhead": "what a capture adds to one small forward",
     "memory": "the peak of a large run against that of a small one",

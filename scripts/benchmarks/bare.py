@@ -31,11 +31,13 @@ def padded_batches(ids: Sequence[Sequence[int]], budget: int, device: torch.devi
         if not batches or len(batches[-1][0]) * (len(batches[-1]) + 1) > budget:
             batches.append([])
         batches[-1].append(prompt)
-    return [_padded(batch).to(device) for batch in batches]
+    return [padded(batch).to(device) for batch in batches]
 
 
-def _padded(batch: Sequence[Sequence[int]]) -> Tensor:
-    return torch.tensor([[*prompt, *[0] * (len(batch[0]) - len(prompt))] for prompt in batch])
+def padded(batch: Sequence[Sequence[int]]) -> Tensor:
+    """The ids (batch, token) of prompts, right-padded."""
+    width = max(map(len, batch))
+    return torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in batch])
 
 
 def forwards(base: nn.Module, batches: Sequence[Tensor]) -> Callable[[], None]:
