@@ -78,6 +78,21 @@ def test_a_folder_gives_the_class_that_was_saved(tmp_path: Path, build, task: st
     assert "random" not in caplog.text
 
 
+@pytest.mark.parametrize(("capability", "machine", "dtype", "warned"), [
+    ("AVX2", "x86_64", "bfloat16", True),
+    ("AVX2", "x86_64", "float16", True),
+    ("AVX2", "x86_64", "float32", False),
+    ("AVX512", "x86_64", "bfloat16", False),
+    ("DEFAULT", "aarch64", "bfloat16", False),
+])  # fmt: skip
+def test_a_slow_dtype_is_told(capability: str, machine: str, dtype: str, warned: bool, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    with caplog.at_level(logging.WARNING, "actdump"):
+        model.load(model.find(ModelSpec(config=GPT2, dtype=dtype, device="cpu")))
+    assert (f"many times slower in {dtype} than in float32" in caplog.text) is warned
+
+
 def test_the_skeleton_has_all_modules_and_no_weights(source: model.Source) -> None:
     skeleton, full = model.skeleton(source), model.load(source)
     assert [name for name, _ in skeleton.named_modules()] == [name for name, _ in full.named_modules()]
@@ -269,6 +284,16 @@ def test_too_long_is_an_error_or_cut(source: model.Source, words: Path) -> None:
             ids([each], source, words)
     assert [len(found) for found in ids(long, source, words, truncation=True)] == [64, 64]
     assert [len(found) for found in ids(long, source, words, truncation=True, max_length=5)] == [5, 5]
+
+
+def test_a_config_may_hold_what_only_the_models_code_reads() -> None:
+    """`head_dim` stands in no config class of this family, and its attention takes it all the same."""
+    config = {"model_type": "qwen3_moe", "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2,
+              "num_hidden_layers": 1, "vocab_size": 50, "head_dim": 8, "num_experts": 2, "moe_intermediate_size": 8}  # fmt: skip
+    loaded = model.load(model.find(ModelSpec(config=config)))
+    assert loaded.get_submodule("model.layers.0.self_attn.q_proj").out_features == 16
+    with pytest.raises(SpecError, match="qwen3_moe has no `hed_dim`"):
+        model.find(ModelSpec(config={**config, "hed_dim": 8}))
 
 
 def test_a_model_without_a_limit_has_none(words: Path) -> None:

@@ -1,12 +1,14 @@
 """A model before its weights: where it comes from, its config and its class."""
 
 import re
+import sys
 from dataclasses import dataclass
+from inspect import getsource
 from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig
+from transformers import MODEL_MAPPING, AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -78,13 +80,20 @@ def _own_config(given: dict[str, Any]) -> Any:
         known = AutoConfig.for_model(kind)
         names = {*known.to_dict(), *getattr(known, "attribute_map", {}), "attn_implementation", "rope_scaling", "rope_theta"}
         for key in given:
-            if key not in names:
+            if key not in names and key not in _read_by_the_model(known):
                 raise SpecError(f"model.config: {kind} has no `{key}`{did_you_mean(key, sorted(names))}")
         rest = {key: value for key, value in given.items() if key != "model_type"}
         try:
             return AutoConfig.for_model(kind, **rest)
         except (ValueError, TypeError) as error:
             raise SpecError(f"model.config: {first_line(error)}") from None
+
+
+def _read_by_the_model(config: Any) -> set[str]:
+    """What the model's code takes from its config; some of it no config class names, as `head_dim` of Qwen3-MoE."""
+    model = MODEL_MAPPING.get(type(config), None)
+    code = "" if model is None else getsource(sys.modules[model.__module__])
+    return set(re.findall(r"""\bconfig(?:\.|, ")([a-z]\w*)""", code))  # config.head_dim, getattr(config, "head_dim", …)
 
 
 def _default_task(config: Any) -> str:
