@@ -10,7 +10,7 @@ from torch import Tensor
 
 from actdump.address import Slice
 from actdump.engine.measure import Early
-from actdump.engine.site import Axis, Feed, Site
+from actdump.engine.site import Feed, Site
 from actdump.plan import Batch, Layout
 from actdump.tap import Selection
 
@@ -43,11 +43,12 @@ class Padded:
         mask = torch.arange(self.width) < torch.tensor(self.lengths)[:, None] if feed.masked else None
         return ids, mask.long() if mask is not None else None
 
-    def shape(self, axes: tuple[Axis, ...]) -> tuple[int, ...]:
-        """The shape of a tensor with these axes. Asked for in every hook, so that of the same tuple of axes is kept."""
-        shape = self._shapes.get(id(axes))
+    def shape(self, site: Site) -> tuple[int, ...]:
+        """The shape of the tensor at a site. Asked for in every hook, so it is kept for the sites that share a tuple of axes."""
+        shape = self._shapes.get(id(site.axes))
         if shape is None:
-            shape = self._shapes[id(axes)] = tuple(axis.size(len(self.lengths), self.width) for axis in axes)
+            shape = tuple(axis.size(len(self.lengths), self.width) for axis in site.axes or ())
+            self._shapes[id(site.axes)] = shape
         return shape
 
     def index(self, selection: Selection, device: torch.device) -> Tensor:

@@ -112,6 +112,11 @@ class Site:
         return bool(self.axes and self.axes[0].batch) and self.token_axis is None and not self.index
 
     @cached_property
+    def plain(self) -> bool:
+        """Whether a bare tensor of a batch without padding is kept as it is."""
+        return self.bare and (self.whole or self.everything)
+
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The storage type. Needs a probed site."""
         assert self.layout is not None
