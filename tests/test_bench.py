@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from needs import need_model
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 FIGURES = {"name", "value", "unit"}
 
 
@@ -31,9 +31,7 @@ def rounds(monkeypatch):
 
 
 def test_sections_end_with_figures_on_the_screen_and_as_json(tmp_path):
-    if not MODEL.is_dir():
-        reason = f"{MODEL.name} is not there: run scripts/fetch_model"
-        (pytest.fail if os.environ.get("ACTDUMP_REQUIRE_ALL") else pytest.skip)(reason)
+    need_model("SmolLM2-135M-Instruct")
     file = tmp_path / "figures.json"
     sections = ["limit", "pairs", "overhead", "writing", "gpu"]
     before = set((ROOT / "out").glob("bench-*"))

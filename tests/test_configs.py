@@ -1,6 +1,5 @@
 """Every spec in configs/ is a working example."""
 
-import os
 import re
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from needs import need
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -20,13 +20,11 @@ def actdump(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def need_model(config: Path) -> None:
-    """Skips where the spec's local model has not been fetched, and fails there if everything is to be tested."""
+def need_models_of(config: Path) -> None:
+    """The spec's local model has to be fetched."""
     model = yaml.safe_load(config.read_text())["model"]
     name = model if isinstance(model, str) else model.get("name")
-    if name is None or (ROOT / name).is_dir():
-        return
-    (pytest.fail if os.environ.get("ACTDUMP_REQUIRE_ALL") else pytest.skip)(f"{name} is not there: run scripts/fetch_model")
+    need(name is None or (ROOT / name).is_dir(), f"{name} is not there: run scripts/fetch_model")
 
 
 def test_there_are_examples():
@@ -47,7 +45,7 @@ def test_writes_to_the_folder_that_git_ignores(config):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
 def test_passes_check(config):
-    need_model(config)
+    need_models_of(config)
     done = actdump("check", f"configs/{config.name}")
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -358,6 +358,18 @@ def test_captured_values_are_copies(lengths, index, options):
         assert all(torch.equal(kept[f"layers[{k}].output"][0], untouched.after(k, ids[0])) for k in range(5))
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("lengths", [EVEN, (2, 5)], ids=["even", "padded"])
+def test_streamed_rows_are_copies_that_outlive_the_forward(lengths, dtype):
+    ladder, ids, taken = Ladder(in_place=True), prompts(lengths), []
+    found = probed(ladder, [tap(f"layers[{number}].output") for number in range(5)], dtype=dtype)
+    with torch.no_grad():
+        assert stream(ladder, found.sites, found.feed, Batch(tuple(range(len(ids))), tuple(ids)), taken.append)
+    for k, rows in enumerate(taken):
+        for value, each in zip(rows.each(), ids, strict=True):
+            assert torch.equal(value, Ladder().after(k, each).to(value.dtype))
+
+
 @pytest.mark.parametrize("lengths", [EVEN, (2, 5), (4,)], ids=["even", "padded", "single"])
 def test_captured_values_without_tokens_are_copies(lengths):
     model, ids = Toy(lambda hidden: hidden[:, 0].clone(), lambda first: first.add_(1)), prompts(lengths)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from needs import need
 from test_job import CONFIG, SAVE, contents, forks, make_spec, prompts, snapshot, states, stop_after, temporary
-from test_mistakes import mounted, require
+from test_mistakes import mounted
 from typer.testing import CliRunner
 
 import actdump
@@ -386,7 +387,7 @@ def test_a_prompt_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypa
 
 @contextmanager
 def small_disk(place, size):
-    require(os.geteuid() == 0, "only root can mount a small file system")
+    need(os.geteuid() == 0, "only root can mount a small file system")
     with mounted(place, f"size={size}k") as disk:
         yield disk
 

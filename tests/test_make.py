@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from needs import lacking
 from typer.testing import CliRunner
 
 from actdump import dependencies, store
@@ -78,7 +79,7 @@ def make(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess
 
 def need_make() -> str:
     if (found := shutil.which("make")) is None:
-        (pytest.fail if os.environ.get("ACTDUMP_REQUIRE_ALL") else pytest.skip)("GNU make is not there")
+        lacking("GNU make is not there")
     return found
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from needs import need
 from typer.testing import CliRunner
 
 from actdump.cli import app
@@ -77,12 +78,6 @@ def checked(said: Said) -> Said:
 def run(text: str, *words: str, stdin: str | bytes | None = None) -> Said:
     Path("spec.yaml").write_text(dedent(text))
     return actdump("run", "spec.yaml", *words, stdin=stdin)
-
-
-def require(possible: bool, reason: str) -> None:
-    """Skip where this cannot be tested; fail where everything must be."""
-    if not possible:
-        (pytest.fail if os.environ.get("ACTDUMP_REQUIRE_ALL") == "1" else pytest.skip)(reason)
 
 
 def nothing_left(folder: str = "out") -> bool:
@@ -600,7 +595,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
     """A small file system in memory."""
     folder.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False)
-    require(done.returncode == 0, f"cannot mount a tmpfs: {done.stderr.decode(errors='replace').strip()}")
+    need(done.returncode == 0, f"cannot mount a tmpfs: {done.stderr.decode(errors='replace').strip()}")
     try:
         yield folder
     finally:
@@ -634,7 +629,7 @@ def write_prompts(count: int, length: int) -> None:
 
 
 def test_a_full_disk() -> None:
-    require(os.geteuid() == 0, "only root can mount a small file system")
+    need(os.geteuid() == 0, "only root can mount a small file system")
     write_prompts(300, 40)
     with mounted(Path("small"), "size=1m"):
         said = run(MANY, "-o", "small/out")
@@ -645,7 +640,7 @@ def test_a_full_disk() -> None:
 
 
 def test_a_disk_that_fills_up_after_the_first_shards() -> None:
-    require(os.geteuid() == 0, "only root can mount a small file system")
+    need(os.geteuid() == 0, "only root can mount a small file system")
     write_prompts(60, 40)
     with mounted(Path("small"), "size=1m"):
         Path("spec.yaml").write_text(MANY + "shard: {tokens: 400}\n")

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from needs import need_model
 
 import actdump
 from actdump import job, verify
@@ -138,9 +139,7 @@ def test_prompts_have_ids_tokens_and_fields(dump):
 
 
 def test_text_and_numbers_as_ids(tmp_path):
-    from test_values import needed
-
-    folder = needed("all-MiniLM-L6-v2")
+    folder = need_model("all-MiniLM-L6-v2")
     spec = {"model": str(folder), "prompts": ["Grüße, 東京", "b"], "save": ["pooler.output"]}
     job.run(Spec.model_validate(spec), tmp_path / "out")
     dump = actdump.open(str(tmp_path / "out"))

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from needs import lacking
 
 ROOT = Path(__file__).resolve().parent.parent
 BASH = ["scripts/setup", "scripts/quickstart", "scripts/test", "scripts/check", "scripts/local_slurm", ".ci/run"]
@@ -32,7 +33,7 @@ def test_is_valid_bash_that_stops_at_the_first_failure(script):
 
 def test_setup_does_nothing_where_all_is_set_up(tmp_path):
     if not STAMP.exists():
-        unset("scripts/setup has not made .venv here")
+        lacking("scripts/setup has not made .venv here")
     before = STAMP.stat().st_mtime_ns
     start = time.perf_counter()
     done = run(str(ROOT / "scripts" / "setup"), cwd=tmp_path)
@@ -79,14 +80,9 @@ def test_fetch_model_does_nothing_where_the_models_are_there():
     names = ["SmolLM2-135M-Instruct", "all-MiniLM-L6-v2"]
     folders = [ROOT / "models" / name for name in names]
     if not all(folder.is_dir() for folder in folders):
-        unset("scripts/fetch_model has not been run here")
+        lacking("scripts/fetch_model has not been run here")
     before = [folder.stat().st_mtime_ns for folder in folders]
     done = run("python3", "scripts/fetch_model")
     assert done.returncode == 0
     assert done.stderr == f"fetch_model: {', '.join(names)} already there, nothing to do\n"
     assert [folder.stat().st_mtime_ns for folder in folders] == before
-
-
-def unset(reason: str) -> None:
-    """Skips, and fails where everything is to be tested."""
-    (pytest.fail if os.environ.get("ACTDUMP_REQUIRE_ALL") else pytest.skip)(reason)

@@ -4,13 +4,13 @@ The oracle is a plain forward of one prompt with a plain PyTorch hook; nothing o
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from needs import need_model
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -352,16 +352,6 @@ def test_a_tensor_index_works_on_the_unpadded_value_of_one_prompt(index, tmp_pat
 # ------------------------------------------------------------------------------------------------------------- real weights
 
 
-def needed(name):
-    folder = MODELS / name
-    if not (folder / "config.json").is_file():
-        reason = f"models/{name} is not there; scripts/fetch_model brings it"
-        if os.environ.get("ACTDUMP_REQUIRE_ALL") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return folder
-
-
 SMOL = {
     "embedding": Place("model.embed_tokens.output", "model.embed_tokens"),
     "block 0": Place("model.layers[0].output[0]", "model.layers.0"),
@@ -407,7 +397,7 @@ def compared(folder, kind, places, dtype, out):
     ids=["SmolLM2", "MiniLM"],
 )
 def test_real_weights_in_float32(name, kind, places, tmp_path, record_property):
-    dump, errors = compared(needed(name), kind, places, "float32", tmp_path / "out")
+    dump, errors = compared(need_model(name), kind, places, "float32", tmp_path / "out")
     worst = {tap: each.max().item() for tap, each in errors.items()}
     record_property("worst relative error", worst)
     print(name, worst)
@@ -430,7 +420,7 @@ def assert_bytes_are_those_of_safetensors_alone(dump):
 
 def test_real_weights_in_bfloat16(tmp_path, record_property):
     """Rounding to 8 bits at every step: other batch shapes round otherwise, so the median token is what can be held."""
-    _, errors = compared(needed("SmolLM2-135M-Instruct"), AutoModelForCausalLM, SMOL, "bfloat16", tmp_path / "out")
+    _, errors = compared(need_model("SmolLM2-135M-Instruct"), AutoModelForCausalLM, SMOL, "bfloat16", tmp_path / "out")
     seen = {tap: (each.median().item(), each.max().item()) for tap, each in errors.items()}
     record_property("median and worst relative error", seen)
     print("SmolLM2 bfloat16", seen)

@@ -30,7 +30,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_values import SELECTIONS, TEXTS, assert_padded, made, needed, random_ids
+from needs import need_model
+from test_values import SELECTIONS, TEXTS, assert_padded, made, random_ids
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from zoo import FAMILIES, Toy
@@ -540,7 +541,7 @@ DRIFT = {
 
 
 def real(name, dtype, texts):
-    folder = needed(name)
+    folder = need_model(name)
     model = REAL[name].from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return Subject({"name": str(folder), "dtype": dtype}, model, [tokenizer(text)["input_ids"] for text in texts])
