@@ -22,7 +22,7 @@ import actdump
 from actdump import job, model, store, verify
 from actdump.cli import app
 from actdump.errors import ActdumpError, DataError, OccupiedError, Stopped, StorageError
-from actdump.job import loop
+from actdump.job import lanes, loop
 from actdump.spec import Spec
 
 __all__ = ["forks"]
@@ -605,6 +605,7 @@ def test_batches_that_do_not_fit_are_halved_and_the_values_stay(kind, tmp_path, 
 def test_a_size_that_did_not_fit_is_not_tried_again_in_the_part_but_in_the_next(tmp_path, monkeypatch):
     spec = many(40, prompts=[{"input_ids": [1] * 8} for _ in range(64)], batch={"tokens": 64}, shard={"tokens": 256})
     with monkeypatch.context() as patch:
+        patch.setattr(lanes, "MOST", 1)  # side by side, up to two more would be under way
         sizes = short_of_memory(patch, 60)
         job.run(spec, tmp_path / "out")
     assert sizes.count(64) == 2  # 8 prompts of 8 tokens, once in each of the two parts

@@ -13,6 +13,7 @@ from actdump.engine.padded import Padded, positions
 from actdump.engine.probe import Probe, outline, probe
 from actdump.engine.rows import Rows
 from actdump.engine.site import Axis, Feed, Site, bind, feed_for
+from actdump.engine.twin import breaking_off, twin
 from actdump.engine.whole import capture_whole
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Sink",
     "Site",
     "bind",
+    "breaking_off",
     "capture",
     "capture_whole",
     "copied",
@@ -37,4 +39,5 @@ __all__ = [
     "positions",
     "probe",
     "stream",
+    "twin",
 ]

@@ -1,11 +1,12 @@
 """The parts of a plan: capture, batch by batch, and write."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from actdump import store
 from actdump.errors import DataError, Stopped
 from actdump.job.bound import Bound
+from actdump.job.lanes import Lanes
 from actdump.job.memory import Room
 from actdump.job.provenance import now
 from actdump.job.sharing import shared_out
@@ -28,19 +29,20 @@ def write_parts(job: Job, plan: Plan, bound: Bound, crew: store.Crew, around: Ma
         around: what the records say of the circumstances.
     """
     folder, room = job.folder, Room(bound.feed.device)
-    with store.Pendings() as pendings, store.Writer() as writer:  # the writer ends before what it writes to is closed
+    # What runs ends before what it writes to is closed: first the lanes, then the writer.
+    with store.Pendings() as pendings, store.Writer() as writer, Lanes(bound, job.check_stop) as lanes:
         try:
             for part, claim in shared_out(job, plan, crew, writer.finish):
                 shard = pendings.begin(folder, plan, part, store.part_tokens(folder, plan, part))
                 filling = _Filling(job, bound, shard, writer)
-                counts = _capture_part(job, plan, room, filling)
+                counts = _capture_part(job, plan, lanes, room, filling)
                 writer.do(_seal, shard, claim, filling.seen, {**around, **counts})
         except Stopped:
             writer.finish()  # a part that is whole is finished
             raise
 
 
-def _capture_part(job: Job, plan: Plan, room: Room, filling: "_Filling") -> dict[str, int]:
+def _capture_part(job: Job, plan: Plan, lanes: Lanes, room: Room, filling: "_Filling") -> dict[str, int]:
     """Capture a part batch by batch; how many batches it took, and how many of them were halved."""
     import torch
 
@@ -48,10 +50,12 @@ def _capture_part(job: Job, plan: Plan, room: Room, filling: "_Filling") -> dict
     cut = batches(shard.lengths, plan.budget)
     room.next_part()
     with torch.inference_mode():
-        for places in cut:
+        for places, arrivals in lanes.run(filling.captured_in, cut):
             job.check_stop()
-            numbers = tuple(shard.part.first + place for place in places)
-            room.halving(Batch(numbers, tuple(shard.ids[place].tolist() for place in places)), filling.take_in)
+            if arrivals is None:
+                room.halving(filling.batch(places), filling.take_in)
+            else:
+                filling.complete(arrivals)
             job.watcher.batch(len(places), sum(shard.lengths[place] for place in places))
     return {"batches": len(cut), "halved": room.halved}
 
@@ -80,24 +84,40 @@ class _Filling:
         self._later = arrives_later(bound.feed.device)
         self._strict = job.spec.nonfinite == "error"
 
+    def batch(self, places: Sequence[int]) -> Batch:
+        """The prompts at these places of the part."""
+        numbers = tuple(self.shard.part.first + place for place in places)
+        return Batch(numbers, tuple(self.shard.ids[place].tolist() for place in places))
+
     def take_in(self, batch: Batch) -> None:
         """Capture a batch and write its rows."""
-        for arrival in self._captured(batch):
+        self.complete(self._captured(self.bound, batch))
+
+    def captured_in(self, lane: Bound, places: Sequence[int]) -> "list[_Arrival]":
+        """A batch captured in a lane, where other lanes capture others."""
+        import torch
+
+        with torch.inference_mode():  # which holds for a thread
+            return self._captured(lane, self.batch(places))
+
+    def complete(self, arrivals: "Sequence[_Arrival]") -> None:
+        """Write what is not written yet of a batch, and count it in: one batch after another, whoever captured them."""
+        for arrival in arrivals:
             if self._later:
                 self.writer.do(arrival.complete, self.seen)
             else:
                 arrival.complete(self.seen)
                 self.writer.flush(self.shard)
 
-    def _captured(self, batch: Batch) -> "list[_Arrival]":
+    def _captured(self, bound: Bound, batch: Batch) -> "list[_Arrival]":
         """A batch captured; in several pieces, where it cannot be captured as one."""
         from actdump import engine
 
-        bound, arrival = self.bound, _Arrival(self.shard, batch, self._strict)
+        arrival = _Arrival(self.shard, batch, self._strict)
         sink = arrival.waiting.append if self._later else arrival.put
         if engine.stream(bound.module, bound.sites, bound.feed, batch, sink):
             return [arrival]
-        return [piece for each in engine.evened(batch) for piece in self._captured(each)]
+        return [piece for each in engine.evened(batch) for piece in self._captured(bound, each)]
 
 
 class _Arrival:

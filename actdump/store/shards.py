@@ -56,6 +56,8 @@ class Pending:
         self.offsets = {
             name: np.cumsum([0, *map(column.layout.rows, lengths)], dtype=np.int64) for name, column in self.columns.items()
         }
+        sizes = [np.diff(self.offsets[name]) * column.layout.row_bytes for name, column in self.columns.items()]
+        self._sizes = np.sum(sizes, axis=0)  # bytes of each prompt
         self._unflushed = 0
         with storage(self.hidden):
             folder.shards.mkdir(exist_ok=True)
@@ -87,7 +89,7 @@ class Pending:
         write(self.descriptor, values.tobytes(), self.layout.tensors[name].start)
 
     def put(self, name: str, places: Sequence[int], buffer: "Array") -> None:
-        """Write the rows of one batch at one tap.
+        """Write the rows of one batch at one tap. Several threads can do it at once, for different batches.
 
         Args:
             places: the places of the batch's prompts in the part, in the batch's order.
@@ -103,15 +105,15 @@ class Pending:
                 taken += last - first
         if taken != len(view):
             raise DataError(f"{name}: a batch gave {len(view)} bytes where {taken} were planned")
-        self._unflushed += taken
 
     def complete(self, places: Sequence[int]) -> None:
         """The rows of these prompts were put at every tap."""
         self.missing.difference_update(places)
+        self._unflushed += int(self._sizes[list(places)].sum())
 
     @property
     def wants_flush(self) -> bool:
-        """Whether so much was put since the last flush that the one before the seal would take long."""
+        """Whether so much was completed since the last flush that the one before the seal would take long."""
         return self._unflushed >= FLUSH
 
     def flush(self) -> None:

@@ -1,7 +1,9 @@
 """The limit: the bare forwards of a model that was cut after the last block that is needed."""
 
 from collections.abc import Callable, Sequence
-from copy import copy
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy, deepcopy
+from queue import SimpleQueue
 from typing import Any, cast
 
 import torch
@@ -49,6 +51,27 @@ def forwards(base: nn.Module, batches: Sequence[Tensor]) -> Callable[[], None]:
                 base(input_ids=ids, use_cache=False)
         if batches[0].is_cuda:
             torch.cuda.synchronize()
+
+    return run
+
+
+def side_by_side(base: nn.Module, batches: Sequence[Tensor], count: int) -> Callable[[], None]:
+    """The bare forwards in so many threads, each with its share of torch's threads and a model that shares the weights."""
+    free: SimpleQueue[nn.Module] = SimpleQueue()
+    for _ in range(count):
+        free.put(deepcopy(base, {id(weight): weight for weight in base.parameters()}))
+
+    def forward(ids: Tensor) -> None:
+        model = free.get()
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+        free.put(model)
+
+    def run() -> None:
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(count, "bare", torch.set_num_threads, (threads // count,)) as pool:
+            list(pool.map(forward, batches))
+        torch.set_num_threads(threads)  # for threads that come
 
     return run
 

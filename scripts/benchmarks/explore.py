@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from actdump import job
-from benchmarks.bare import BUDGETS, FEW_BLOCKS, bare, forwards, padded_batches
+from actdump.job.lanes import MOST
+from benchmarks.bare import BUDGETS, FEW_BLOCKS, bare, forwards, padded_batches, side_by_side
 from benchmarks.rounds import Figure, Run, in_turns, timed
 from benchmarks.running import spec_of
 from benchmarks.setting import Setting, say
@@ -30,9 +31,11 @@ def measure(setting: Setting) -> Iterator[Figure]:
         kernels = {kernel: bare(load(dtype, attn_implementation=kernel), FEW_BLOCKS) for kernel in ATTENTION}
         budgets = {budget: _forwards(few, prompts, budget) for budget in sorted({auto, *BUDGETS})}
         counts = {count: _on_threads(count, budgets[auto]) for count in _threads()}
+        lanes = {count: _in_lanes(few, prompts, auto, count) for count in range(1, MOST + 1) if threads % count == 0}
         attentions = {kernel: _forwards(base, prompts, auto) for kernel, base in kernels.items()}
         yield from _choice(setting, prompts, f"{dtype}, budget", auto, budgets)
         yield from _choice(setting, prompts, f"{dtype}, threads", threads, counts)
+        yield from _choice(setting, prompts, f"{dtype}, forwards side by side", max(lanes), lanes)
         yield from _choice(setting, prompts, f"{dtype}, attention", "sdpa", attentions)
 
 
@@ -43,6 +46,11 @@ def _auto_budget(setting: Setting, prompts: Prompts) -> int:
 
 def _forwards(base: nn.Module, prompts: Prompts, budget: int) -> Run:
     return timed(forwards(base, padded_batches(prompts.ids, budget)))
+
+
+def _in_lanes(base: nn.Module, prompts: Prompts, budget: int, count: int) -> Run:
+    batches = padded_batches(prompts.ids, budget)
+    return timed(side_by_side(base, batches, count) if count > 1 else forwards(base, batches))
 
 
 def _threads() -> list[int]:

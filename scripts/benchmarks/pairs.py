@@ -1,6 +1,7 @@
 """The real run against the limit once more, batch by batch, for machines whose speed wavers from one minute to the next.
 
 Each batch of the run has its bare forward right beside it, before it and after it in turns, so that both meet the same machine.
+For that, the run captures one batch at a time, though it would capture several side by side: what they gain, `limit` shows.
 What the writer's thread computes is added to the run in full, as if nothing of it had been done while a bare forward ran. The
 batches are those of the run; whether `auto` cuts them well is what `explore` measures.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from actdump import engine, store
+from actdump.job import lanes
 from benchmarks.bare import bare, padded
 from benchmarks.limit import GOALS
 from benchmarks.rounds import Figure, ratio, seconds
@@ -101,7 +103,8 @@ def _beside(base: nn.Module) -> Iterator[Pairs]:
             pairs.writer += thread_time() - began
 
     with ExitStack() as stack:
-        for owner, name, real, ours in ((engine, "stream", stream, streamed), (store.Writer, "_run", work, worked)):
+        changes = (engine, "stream", stream, streamed), (store.Writer, "_run", work, worked), (lanes, "MOST", lanes.MOST, 1)
+        for owner, name, real, ours in changes:
             setattr(owner, name, ours)
             stack.callback(setattr, owner, name, real)
         yield pairs

@@ -1,0 +1,283 @@
+"""Forwards that run side by side: the same values, in the same order, whatever happens in one of them."""
+
+import threading
+import time
+
+import pytest
+import torch
+from test_job import CONFIG, contents, make_spec
+from torch import nn
+
+import actdump
+from actdump import engine, job, model
+from actdump.address import parse
+from actdump.errors import ActdumpError, Stopped
+from actdump.job import lanes
+from actdump.job.bound import Bound
+from actdump.plan import Batch
+from actdump.spec import Spec
+from actdump.state import TABLE
+from actdump.tap import Tap
+
+pytestmark = pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="without OpenMP forwards run one at a time")
+MANY = {"shard": {"tokens": 200}, "batch": {"tokens": 40}}
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2
+    assert not [thread for thread in threading.enumerate() if in_lane(thread)]
+    torch.set_num_threads(before)
+
+
+def in_lane(thread=None):
+    return (thread or threading.current_thread()).name.startswith("actdump-lane")
+
+
+@pytest.fixture
+def streamed(monkeypatch):
+    """For every forward of a run, whether it was in a lane, and how many threads torch had there."""
+    seen, stream = [], engine.stream
+
+    def watched(*words):
+        seen.append((in_lane(), torch.get_num_threads()))
+        return stream(*words)
+
+    monkeypatch.setattr(engine, "stream", watched)
+    return seen
+
+
+class Small(nn.Module):
+    """A model that gives each token its embedding after a moment in every block.
+
+    While it runs, it keeps on itself, in a list and in a buffer what belongs to one forward, and reads it at the end.
+    """
+
+    def __init__(self, blocks=2, moment=0.002):
+        super().__init__()
+        self.moment = moment
+        self.embedding = nn.Embedding(40, 8)
+        self.blocks = nn.ModuleList(nn.Identity() for _ in range(blocks))
+        self.last = nn.Identity()
+        self.kept = []
+        self.register_buffer("table", torch.zeros(1))
+        self.register_buffer("weight", torch.ones(TABLE + 1))
+
+    def forward(self, input_ids):
+        self.ids, self.kept[:], self.table = input_ids, [input_ids], self.embedding(input_ids)
+        for block in self.blocks:
+            block(time.sleep(self.moment))
+        return self.last(self.embedding(self.ids) + self.embedding(self.kept[0]) + self.table)
+
+
+def bound_to(module):
+    sites = engine.bind(module, [Tap("last", parse("last.output"))])
+    found = engine.probe(module, sites, engine.feed_for(module))
+    return Bound(None, module, found.feed, found.sites)
+
+
+def opened(module=None, check_stop=lambda: None):
+    return lanes.Lanes(bound_to(module or Small().eval()), check_stop)
+
+
+def captured(lane, ids):
+    (rows,) = engine.capture(lane.module, lane.sites, lane.feed, Batch((0,), (tuple(ids.tolist()),)))
+    return rows.values
+
+
+# ---------------------------------------------------------------------------------------------------------------------- a run
+
+
+def test_a_run_writes_the_bytes_of_forwards_one_after_another(tmp_path, streamed, monkeypatch):
+    lengths = (8, 8, 7, 8, 7) * 12
+    rows = [{"input_ids": [(number + place) % 40 for place in range(size)]} for number, size in enumerate(lengths)]
+    spec = make_spec(prompts=rows, shard={"tokens": 76}, batch={"tokens": 40})
+    job.run(spec, tmp_path / "side by side")
+    assert set(streamed) == {(True, 1)}  # an even number of batches in each part
+    streamed.clear()
+    monkeypatch.setattr(lanes, "MOST", 1)
+    torch.set_num_threads(1)
+    job.run(spec, tmp_path / "one by one")
+    torch.set_num_threads(2)
+    assert set(streamed) == {(False, 1)}
+    (files, manifest), (same_files, same) = (contents(tmp_path / name) for name in ("side by side", "one by one"))
+    assert manifest.pop("audit").keys() == same.pop("audit").keys()  # whose own forwards had two threads and one
+    assert (files, manifest) == (same_files, same)
+
+
+def test_values_are_those_of_plain_forwards(tmp_path, streamed):
+    spec = make_spec(60, **MANY)
+    job.run(spec, tmp_path / "out")
+    assert set(streamed) == {(True, 1), (False, 2)}  # what was left over had both threads
+    module, seen = model.load(model.find(spec.model)).eval(), []
+    module.transformer.h[1].register_forward_hook(lambda _module, _args, result: seen.append(result))
+    dump = actdump.open(tmp_path / "out")
+    for number, row in enumerate(spec.prompts.rows):
+        with torch.no_grad():
+            module(torch.tensor([row.input_ids]))
+        assert (dump["block"][number] - seen[-1][0]).norm() <= 1e-5 * seen[-1].norm()
+
+
+@pytest.mark.parametrize(("threads", "count"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 3), (8, 4), (64, 4)])
+def test_lanes_share_the_threads_evenly(threads, count, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert lanes._count(torch.device("cpu")) == count
+    assert lanes._count(torch.device("cuda")) == 1
+
+
+# -------------------------------------------------------------------------------------------------------------------- the twin
+
+
+def test_a_twin_shares_the_weights_and_nothing_that_a_forward_writes():
+    module = Small().eval()
+    bound = bound_to(module)
+    other, sites, feed = engine.twin(module, bound.sites, bound.feed)
+    assert all(one is another for one, another in zip(module.parameters(), other.parameters(), strict=True))
+    assert other.weight is module.weight
+    assert other.table is not module.table
+    assert other.kept is not module.kept
+    assert sites[0].module is other.last
+    assert feed.state is not bound.feed.state
+    assert engine.bind(other, [Tap("last", parse("last.output"))])[0].module is other.last
+
+
+def test_weights_that_are_tied_stay_tied():
+    source = model.find(Spec.model_validate({"model": {"config": CONFIG}, "prompts": ["x"], "save": ["output"]}).model)
+    module = model.load(source)
+    other, _, _ = engine.twin(module, [], engine.feed_for(module))
+    assert other.lm_head.weight is other.transformer.wte.weight is module.transformer.wte.weight
+
+
+def test_what_a_forward_keeps_on_its_model_reaches_no_other():
+    module = Small().eval()
+    rows = [torch.randint(0, 40, (7,)) for _ in range(24)]
+    with opened(module) as side:
+        found = dict(side.run(lambda lane, number: captured(lane, rows[number]), range(24)))
+    for number, ids in enumerate(rows):
+        assert torch.equal(found[number], 3 * module.embedding(ids)[None].detach())
+
+
+def test_a_model_that_cannot_be_copied_runs_alone(caplog):
+    module = Small().eval()
+    module.lock = threading.Lock()
+    with opened(module) as side:
+        assert list(side.run(captured, [1, 2, 3])) == [(1, None), (2, None), (3, None)]
+        list(side.run(captured, [1, 2]))
+    assert [record.message for record in caplog.records] == [
+        "the model cannot be copied, so its forwards run one after another: cannot pickle '_thread.lock' object"
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------------- the order
+
+
+def test_what_comes_of_the_items_comes_in_their_order_and_the_odd_one_is_left():
+    def slow_at_first(_, number):
+        time.sleep(0.05 if number == 0 else 0)
+        return number * 10
+
+    with opened() as side:
+        assert list(side.run(slow_at_first, range(5))) == [(0, 0), (1, 10), (2, 20), (3, 30), (4, None)]
+        assert list(side.run(slow_at_first, [7])) == [(7, None)]
+        assert list(side.run(slow_at_first, [])) == []
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_where_memory_is_short_the_rest_is_left_and_nothing_runs_beside(error):
+    running, tried = set(), []
+
+    def short(_, number):
+        running.add(number)
+        tried.append(number)
+        try:
+            time.sleep(0.01)
+            if number == 2:
+                raise error
+            time.sleep(0.03)
+            return number
+        finally:
+            running.discard(number)
+
+    with opened() as side:
+        found = []
+        for number, made in side.run(short, range(8)):
+            assert made == number or not running
+            found.append(made)
+        assert found[:3] == [0, 1, None]
+        assert found[4:] == [None] * 4  # number 3 was under way
+        assert set(tried) <= {0, 1, 2, 3}
+        assert [made for _, made in side.run(lambda _, number: number, range(4))] == [0, 1, 2, 3]  # the next part
+
+
+def test_batches_that_fit_alone_but_not_side_by_side(tmp_path, monkeypatch, streamed):
+    """A stand-in for memory that two forwards do not find at once."""
+    stream, inside = engine.stream, []
+
+    def together(*words):
+        inside.append(1)
+        try:
+            time.sleep(0.02)
+            if len(inside) > 1:
+                raise MemoryError
+            return stream(*words)
+        finally:
+            inside.pop()
+
+    spec = make_spec(40, **MANY)
+    job.run(spec, tmp_path / "roomy")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "stream", together)
+        job.run(spec, tmp_path / "out")
+    one, another = (actdump.open(tmp_path / name) for name in ("roomy", "out"))
+    for name in one.names:
+        assert (one[name].rows[:].float() - another[name].rows[:].float()).norm() <= 1e-5 * one[name].rows[:].float().norm()
+    assert {shard.written["halved"] for shard in records(tmp_path / "out")} == {0}
+
+
+def records(root):
+    from actdump import store
+    from actdump.format import Folder
+
+    plan, _ = store.load_plan(Folder(root))
+    return [store.done(Folder(root), part, plan.digest) for part in plan.parts]
+
+
+def test_an_error_in_a_lane_ends_the_run_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    stream = engine.stream
+
+    def broken(*words):
+        if in_lane() and 33 in words[3].numbers:
+            raise ActdumpError("on purpose")
+        return stream(*words)
+
+    monkeypatch.setattr(engine, "stream", broken)
+    with pytest.raises(ActdumpError, match="on purpose"):
+        job.run(make_spec(60, **MANY), tmp_path / "out")
+    assert [path for path in tmp_path.rglob("*") if path.name.startswith(".")] == []
+
+
+# ------------------------------------------------------------------------------------------------------------------- the stop
+
+
+@pytest.mark.parametrize("kind", [Stopped, KeyboardInterrupt])
+def test_a_stop_breaks_off_what_runs(kind):
+    module, ended, began = Small(blocks=300, moment=0).eval(), [], threading.Event()
+
+    def stop():
+        if began.is_set():
+            raise kind("stop")
+
+    def capture(lane, ids):
+        began.set()
+        captured(lane, ids)
+        ended.append(1)
+
+    with pytest.raises(kind), opened(module, stop) as side:
+        module.moment = 0.01
+        list(side.run(capture, [torch.ones(3, dtype=torch.long)] * 8))
+    assert not ended
+    module.moment = 0
+    module(torch.ones(1, 3, dtype=torch.long))  # it can be used again
