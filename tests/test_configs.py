@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 from needs import need
+from typer.testing import CliRunner
+
+from actdump.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -44,10 +47,11 @@ def test_writes_to_the_folder_that_git_ignores(config):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
-def test_passes_check(config):
+def test_passes_check(config, monkeypatch):
     need_models_of(config)
-    done = actdump("check", f"configs/{config.name}")
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.chdir(ROOT)
+    done = CliRunner().invoke(app, ["check", f"configs/{config.name}"])
+    assert done.exit_code == 0, done.output
 
 
 def test_quickstart_has_a_dozen_prompts_of_different_lengths():

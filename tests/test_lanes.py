@@ -124,8 +124,10 @@ def test_values_are_those_of_plain_forwards(tmp_path, streamed):
 @pytest.mark.parametrize(("threads", "count"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 3), (8, 4), (64, 4)])
 def test_lanes_share_the_threads_evenly(threads, count, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert lanes._count(torch.device("cpu")) == count
-    assert lanes._count(torch.device("cuda")) == 1
+    assert lanes._count(Small()) == count
+    elsewhere = Small()
+    elsewhere.last = nn.Linear(8, 8, device="meta")  # as with a device map
+    assert lanes._count(elsewhere) == 1
 
 
 # -------------------------------------------------------------------------------------------------------------------- the twin

@@ -9,8 +9,9 @@ from actdump.engine.axes import Fault, dtype_name
 from actdump.engine.capture import Sink, capture, evened, stream
 from actdump.engine.hooks import copied, described
 from actdump.engine.measure import Measured
+from actdump.engine.outline import outline
 from actdump.engine.padded import Padded, positions
-from actdump.engine.probe import Probe, outline, probe
+from actdump.engine.probe import Probe, probe
 from actdump.engine.rows import Rows
 from actdump.engine.site import Axis, Feed, Site, bind, feed_for
 from actdump.engine.twin import breaking_off, twin

@@ -15,7 +15,7 @@ from actdump.job.memory import out_of_memory
 from actdump.job.underway import LOOK
 
 if TYPE_CHECKING:
-    import torch
+    from torch import nn
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Lanes:
         """
         self._lanes = [bound]
         self._check_stop = check_stop
-        self._count = _count(bound.feed.device)
+        self._count = _count(bound.module)
         self._free: SimpleQueue[Bound] = SimpleQueue()
         self._threads: ThreadPoolExecutor | None = None
         self._tight = False
@@ -121,13 +121,13 @@ class Lanes:
         torch.set_num_threads(torch.get_num_threads())  # this thread's number, for the threads that come
 
 
-def _count(device: "torch.device") -> int:
+def _count(module: "nn.Module") -> int:
     """How many lanes share the threads evenly."""
     import torch
 
     divisible = torch.backends.openmp.is_available()  # type: ignore[no-untyped-call] # torch gives it no types
-    if device.type != "cpu" or not divisible:  # without OpenMP all lanes would share one pool of threads
-        return 1
+    if not divisible or any(weight.device.type != "cpu" for weight in module.parameters()):
+        return 1  # without OpenMP all lanes would share one pool of threads
     threads = torch.get_num_threads()
     return max(count for count in range(1, MOST + 1) if threads % count == 0)
 

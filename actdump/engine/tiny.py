@@ -1,0 +1,76 @@
+"""Tiny forwards: a few made-up tokens through a model, and what ports hold of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actdump.address import parse
+from actdump.engine.axes import ALONE, TOGETHER
+from actdump.engine.hooks import Stop, copied, hooked
+from actdump.engine.site import Feed, Site, bind
+from actdump.errors import ActdumpError, UsageError
+from actdump.tap import Tap
+
+# The row of TOGETHER that begins with the prompt of ALONE: not the first, the last or the middle one, so that a stray [0] or
+# [-1] and a reversed batch would show.
+ROW = 1
+
+
+def probe_ids(feed: Feed) -> dict[str, Tensor]:
+    """Token ids for the probes; `changed` differs from `together` in everything but the row's own prompt."""
+    generator = torch.Generator().manual_seed(0)
+    low = feed.vocabulary // 4 if feed.vocabulary >= 8 else 0
+    together, changed = (torch.randint(low, feed.vocabulary, TOGETHER, generator=generator) for _ in range(2))
+    together[together == feed.pad] = low
+    prompt = together[ROW, : ALONE[1]]
+    changed[ROW, : ALONE[1]] = prompt
+    changed[ROW, ALONE[1] :] = feed.pad
+    return {"alone": prompt[None], "together": together, "changed": changed}
+
+
+def observe(
+    model: nn.Module,
+    sites: Sequence[Site],
+    feed: Feed,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    *,
+    like: Sequence[list[Any]] | None = None,
+) -> list[list[Any]]:
+    """Run one forward; for each site, what its port held at each call.
+
+    Args:
+        like: what another forward gave; this one ends when every site was called as often. Without it, it runs to its end.
+    """
+    seen: list[list[Any]] = [[] for _ in sites]
+    missing = {place for place, calls in enumerate(like or ()) if calls}
+
+    def keep(place: int, held: Any) -> None:
+        seen[place].append(copied(held))
+        if like is not None and len(seen[place]) == len(like[place]):
+            missing.discard(place)
+            if not missing:
+                raise Stop
+
+    with torch.no_grad(), hooked(sites, keep):
+        try:
+            model(**feed.arguments(ids, mask))
+        except Stop:
+            pass
+        except ActdumpError:
+            raise
+        except Exception as error:  # a model's code can raise anything; it is told in full, and chained
+            raise UsageError(
+                f"{type(model).__name__} does not run on token ids alone: {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            feed.state.restored()
+    return seen
+
+
+def outputs(model: nn.Module) -> list[Site]:
+    """The outputs of all modules."""
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    return bind(model, [Tap(path, parse(f"{path}.output" if path else "output")) for path in paths])
