@@ -15,7 +15,7 @@ SECTIONS = {
     "start": "from the command to the first batch; --help; an up-to-date dump",
     "writing": "the store against a plain file",
     "planning": "a million prompts against the tokenizer alone",
-    "explore": "what is fastest here: dtype, threads, batch budget, attention",
+    "explore": "what is fastest here: dtype, threads, batches, attention, forwards side by side",
     "audit": "its share of A",
     "workers": "A by two workers; the share of locks, plan and records",
     "gpu": "a model of 3 billion parameters on a GPU",
