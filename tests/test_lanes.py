@@ -136,7 +136,9 @@ def test_lanes_share_the_threads_evenly(threads, count, monkeypatch):
 def test_a_twin_shares_the_weights_and_nothing_that_a_forward_writes():
     module = Small().eval()
     bound = bound_to(module)
-    other, sites, feed = engine.twin(module, bound.sites, bound.feed)
+    with torch.inference_mode():
+        other, sites, feed = engine.twin(module, bound.sites, bound.feed)
+    assert not other.table.is_inference()
     assert all(one is another for one, another in zip(module.parameters(), other.parameters(), strict=True))
     assert other.weight is module.weight
     assert other.table is not module.table

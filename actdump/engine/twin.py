@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -26,7 +27,8 @@ def twin(model: nn.Module, sites: Sequence[Site], feed: Feed) -> tuple[nn.Module
         TypeError, RuntimeError: something that hangs on a module cannot be copied.
     """
     shared = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.numel() > TABLE)]
-    other = deepcopy(model, {id(tensor): tensor for tensor in shared})
+    with torch.inference_mode(False):  # whose tensors do not count the writes to them, which `State` looks at
+        other = deepcopy(model, {id(tensor): tensor for tensor in shared})
     modules = dict(zip(model.modules(), other.modules(), strict=True))
     return other, [replace(site, module=modules[site.module]) for site in sites], replace(feed, state=State(other))
 
