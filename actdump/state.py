@@ -52,7 +52,7 @@ class _Table:
 
     @staticmethod
     def of(buffer: Tensor) -> "_Table":
-        return _Table(buffer, buffer.clone(), _writes(buffer))
+        return _Table(buffer, buffer.clone(), writes_to(buffer))
 
     @property
     def untouched(self) -> bool:
@@ -65,7 +65,7 @@ class _Table:
         changed = not torch.equal(self.buffer, self.copy)
         if changed:
             self.buffer.copy_(self.copy)
-        self.writes = _writes(self.buffer)
+        self.writes = writes_to(self.buffer)
         return changed
 
 
@@ -97,5 +97,6 @@ class _Kept:
         return True
 
 
-def _writes(tensor: Tensor) -> int | None:
+def writes_to(tensor: Tensor) -> int | None:
+    """torch's count of the writes to a tensor; not kept for inference tensors."""
     return None if tensor.is_inference() else tensor._version

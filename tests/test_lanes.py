@@ -123,11 +123,13 @@ def test_values_are_those_of_plain_forwards(tmp_path, streamed):
 
 @pytest.mark.parametrize(("threads", "count"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 3), (8, 4), (64, 4)])
 def test_lanes_share_the_threads_evenly(threads, count, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert lanes._count(Small()) == count
+    monkeypatch.setattr(lanes.os, "sched_getaffinity", lambda _: range(threads), raising=False)
+    assert lanes._count(Small(), threads) == count
     elsewhere = Small()
     elsewhere.last = nn.Linear(8, 8, device="meta")  # as with a device map
-    assert lanes._count(elsewhere) == 1
+    assert lanes._count(elsewhere, 4) == 1
+    monkeypatch.setattr(lanes.os, "sched_getaffinity", lambda _: {0})  # as OMP_PROC_BIND does
+    assert lanes._count(Small(), 2) == 1
 
 
 # -------------------------------------------------------------------------------------------------------------------- the twin
@@ -164,14 +166,35 @@ def test_what_a_forward_keeps_on_its_model_reaches_no_other():
         assert torch.equal(found[number], 3 * module.embedding(ids)[None].detach())
 
 
-def test_a_model_that_cannot_be_copied_runs_alone(caplog):
-    module = Small().eval()
+def locked(module):
     module.lock = threading.Lock()
+
+
+def closed_over(module):
+    module.blocks[0].forward = lambda given: module.blocks[1](given)
+
+
+def written(module):
+    module.last.register_forward_pre_hook(lambda *_: None)
+    module.blocks[0].forward = lambda given, weight=module.weight: weight.zero_()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (locked, "cannot pickle '_thread.lock' object"),
+        (closed_over, "a forward of its copy runs its own Identity"),
+        (written, "a forward writes into its weights or large buffers"),
+    ],
+)
+def test_a_model_that_cannot_be_copied_runs_alone(change, why, caplog):
+    module = Small().eval()
+    change(module)
     with opened(module) as side:
         assert list(side.run(captured, [1, 2, 3])) == [(1, None), (2, None), (3, None)]
         list(side.run(captured, [1, 2]))
     assert [record.message for record in caplog.records] == [
-        "the model cannot be copied, so its forwards run one after another: cannot pickle '_thread.lock' object"
+        "the model cannot be copied, so its forwards run one after another: " + why
     ]
 
 
@@ -285,3 +308,29 @@ def test_a_stop_breaks_off_what_runs(kind):
     assert not ended
     module.moment = 0
     module(torch.ones(1, 3, dtype=torch.long))  # it can be used again
+
+
+def test_an_interrupt_while_the_lanes_end_waits_for_their_end(monkeypatch):
+    """What runs writes to files that are closed next."""
+    module, began, ended = Small(blocks=300, moment=0).eval(), threading.Event(), []
+
+    def capture(lane, ids):
+        began.set()
+        try:
+            captured(lane, ids)
+        finally:
+            ended.append(1)
+
+    def stop():
+        if began.is_set():
+            raise Stopped("stop")
+
+    def interrupted(_, **words):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lanes.ThreadPoolExecutor, "shutdown", interrupted)
+    with pytest.raises(KeyboardInterrupt), opened(module, stop) as side:
+        module.moment = 0.01
+        list(side.run(capture, [torch.ones(3, dtype=torch.long)] * 2))
+    assert len(ended) == 2

@@ -30,13 +30,14 @@ def write_parts(job: Job, plan: Plan, bound: Bound, crew: store.Crew, around: Ma
     """
     folder, room = job.folder, Room(bound.feed.device)
     # What runs ends before what it writes to is closed: first the lanes, then the writer.
-    with store.Pendings() as pendings, store.Writer() as writer, Lanes(bound, job.check_stop) as lanes:
+    with store.Pendings() as pendings, store.Writer() as writer:
         try:
-            for part, claim in shared_out(job, plan, crew, writer.finish):
-                shard = pendings.begin(folder, plan, part, store.part_tokens(folder, plan, part))
-                filling = _Filling(job, bound, shard, writer)
-                counts = _capture_part(job, plan, lanes, room, filling)
-                writer.do(_seal, shard, claim, filling.seen, {**around, **counts})
+            with Lanes(bound, job.check_stop) as lanes:
+                for part, claim in shared_out(job, plan, crew, writer.finish):
+                    shard = pendings.begin(folder, plan, part, store.part_tokens(folder, plan, part))
+                    filling = _Filling(job, bound, shard, writer)
+                    counts = _capture_part(job, plan, lanes, room, filling)
+                    writer.do(_seal, shard, claim, filling.seen, {**around, **counts})
         except Stopped:
             writer.finish()  # a part that is whole is finished
             raise

@@ -1,10 +1,10 @@
 """Lanes: forwards that run side by side on a CPU."""
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
 from dataclasses import replace
 from queue import SimpleQueue
 from types import TracebackType
@@ -32,7 +32,7 @@ class Lanes:
     tokens): two forwards side by side take 0.87 to 0.95 of the time that they take one after another, and 0.7 beside another program.
 
     The values are those of one forward after another, up to the last bits, which can hang on the number of threads: every lane has
-    a twin of the model. An accelerator has one lane.
+    a twin of the model. An accelerator, and a model on several devices, have one lane.
     """
 
     def __init__(self, bound: Bound, check_stop: Callable[[], None]) -> None:
@@ -40,9 +40,12 @@ class Lanes:
         Args:
             check_stop: called again and again while forwards run; what it raises ends them.
         """
+        import torch
+
         self._lanes = [bound]
         self._check_stop = check_stop
-        self._count = _count(bound.module)
+        self._all = torch.get_num_threads()
+        self._count = _count(bound.module, self._all)
         self._free: SimpleQueue[Bound] = SimpleQueue()
         self._threads: ThreadPoolExecutor | None = None
         self._tight = False
@@ -50,39 +53,36 @@ class Lanes:
     def run(self, do: Callable[[Bound, Item], Made], items: Sequence[Item]) -> Iterator[tuple[Item, Made | None]]:
         """Do something with each item in a lane; the items in their order, each with what came of it.
 
-        Where that is `None`, nothing was done, and nothing runs beside: the caller has all threads and all memory for it. So it is with
-        the items that are left over when each lane has had as many as the others, and from the first on that found memory short.
+        Where that is `None`, it is to be done (anew) by the caller, who has all threads and all memory for it, because nothing runs
+        beside. So it is with the items that are left over when each lane has had as many as the others, and with one that found
+        memory short and those that were not begun by then.
         """
-        together = self._together(len(items))
+        if self._count > 1 and len(items) >= self._count and self._threads is None:
+            self._open()
+        together = len(items) - len(items) % self._count if self._threads else 0
         self._tight = False
         running = deque(self._submit(do, item) for item in items[:together])
         for item in items[:together]:
             made = self._awaited(running.popleft())
-            if made is None:
-                wait(running)  # the others, which are under way or will find that memory is short
+            if made is None:  # the others are under way or will find that memory is short
+                while wait(running, LOOK).not_done:
+                    self._check_stop()
             yield item, made
         for item in items[together:]:
             yield item, None
-
-    def _together(self, items: int) -> int:
-        """How many items the lanes share evenly."""
-        if self._count > 1 and items >= self._count and self._threads is None:
-            self._open()
-        return items - items % self._count if self._count > 1 else 0
 
     def _open(self) -> None:
         import torch
 
         try:
             self._lanes += [_twin(self._lanes[0]) for _ in range(self._count - 1)]
-        except (TypeError, RuntimeError) as error:  # the model's code hangs things on its modules that cannot be copied
+        except Exception as error:  # whatever hangs on the modules can refuse to be copied; the model itself can still run
             log.warning("the model cannot be copied, so its forwards run one after another: %s", error)
             self._count = 1
             return
         for lane in self._lanes:
             self._free.put(lane)
-        share = torch.get_num_threads() // self._count
-        self._threads = ThreadPoolExecutor(self._count, "actdump-lane", torch.set_num_threads, (share,))
+        self._threads = ThreadPoolExecutor(self._count, "actdump-lane", torch.set_num_threads, (self._all // self._count,))
 
     def _submit(self, do: Callable[[Bound, Item], Made], item: Item) -> "Future[Made | None]":
         assert self._threads is not None
@@ -115,21 +115,29 @@ class Lanes:
 
         from actdump import engine
 
-        with ExitStack() as stack:
-            if kind is not None:
-                stack.enter_context(engine.breaking_off(lane.module for lane in self._lanes))
-            self._threads.shutdown(cancel_futures=True)
-        torch.set_num_threads(torch.get_num_threads())  # this thread's number, for the threads that come
+        interrupted: KeyboardInterrupt | None = None
+        ended = False
+        with engine.breaking_off(lane.module for lane in self._lanes):
+            while not ended:
+                try:
+                    self._threads.shutdown(cancel_futures=True)
+                    ended = True
+                except KeyboardInterrupt as interrupt:  # what runs writes to files that are closed next, so its end is awaited
+                    interrupted = interrupt
+        torch.set_num_threads(self._all)  # for the threads that come
+        if interrupted is not None:
+            raise interrupted
 
 
-def _count(module: "nn.Module") -> int:
-    """How many lanes share the threads evenly."""
+def _count(module: "nn.Module", threads: int) -> int:
+    """How many lanes share so many threads evenly."""
     import torch
 
     divisible = torch.backends.openmp.is_available()  # type: ignore[no-untyped-call] # torch gives it no types
     if not divisible or any(weight.device.type != "cpu" for weight in module.parameters()):
         return 1  # without OpenMP all lanes would share one pool of threads
-    threads = torch.get_num_threads()
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < threads:
+        return 1  # OMP_PROC_BIND holds this thread, and those that it begins, on one core
     return max(count for count in range(1, MOST + 1) if threads % count == 0)
 
 

@@ -53,7 +53,7 @@ def run(
         overwrite: replace another dump in the folder.
         repair: compare every byte of what is there with what was recorded of it, and make again what differs.
         worker: which of them this is, if that is known.
-        stopping: asked after every batch, and while the run waits; `True` ends the run.
+        stopping: asked after every batch, and again and again while the run waits or forwards run side by side; `True` ends the run.
 
     Raises:
         OccupiedError: the folder holds something else.
