@@ -230,7 +230,7 @@ def test_a_repair_that_was_stopped_takes_nothing_broken_into_a_new_manifest(answ
 def test_an_unfinished_dump_is_repaired_and_gone_on_with(sealed, tmp_path, spec_file):
     root = tmp_path / "out"
     with pytest.raises(Stopped):
-        job.run(many(), root, stopping=stop_after(9, root))
+        job.run(many(), root, **stop_after(9, root))
     assert (root / "shards/00001.json").exists()
     flip(root / "shards/00001.safetensors")
     kept = files(root / "shards")[root / "shards/00000.json"]
@@ -244,7 +244,7 @@ def test_an_unfinished_dump_is_repaired_and_gone_on_with(sealed, tmp_path, spec_
 def test_spooled_tokens_that_changed_are_never_used(name, sealed, tmp_path):
     root = tmp_path / "out"
     with pytest.raises(Stopped):
-        job.run(many(), root, stopping=stop_after(5, root))
+        job.run(many(), root, **stop_after(5, root))
     flip(root / name)
     assert states(many(), root) == "done"
     assert contents(root) == contents(sealed)
@@ -254,9 +254,8 @@ def test_a_dump_that_lost_a_part_is_open_until_it_is_whole_again(dump):
     """Otherwise a part made anew elsewhere, with other last bits, would stand under the sha256 of the old one."""
     lose(dump / "shards/00001.safetensors")
     lose(dump / "shards/00003.safetensors")
-    states_left = stop_after(3, dump)
     with pytest.raises(Stopped):
-        job.run(many(), dump, stopping=states_left)
+        job.run(many(), dump, **stop_after(3, dump))
     if (dump / "shards/00001.safetensors").exists():
         assert not (dump / "manifest.json").exists()
 
@@ -510,7 +509,7 @@ def test_a_clock_that_jumps_between_and_during_runs(year, sealed, tmp_path, monk
             return datetime.fromtimestamp(EPOCHS[year], UTC)
 
     with pytest.raises(Stopped):
-        job.run(many(), root, stopping=stop_after(6, root))
+        job.run(many(), root, **stop_after(6, root))
     done = files(root / "shards")
     for path in root.rglob("*"):
         os.utime(path, (clock() + 10**6, clock() + 10**6))

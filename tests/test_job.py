@@ -19,6 +19,7 @@ import actdump
 from actdump import job, store
 from actdump.errors import ActdumpError, DataError, OccupiedError, Stopped, UsageError
 from actdump.job import capturing
+from actdump.job.watching import Silent
 from actdump.spec import Spec, load
 
 CONFIG = {
@@ -261,9 +262,10 @@ def test_moved_inputs_are_the_same(on_files, tmp_path):
 
 
 def stop_after(batches, root):
-    """A `stopping` that says yes after so many batches."""
-    asked = iter(range(batches))
-    return lambda: (root / "plan.json").exists() and next(asked, None) is None
+    """What makes a run stop after so many batches, however often it is asked meanwhile."""
+    watcher, seen = Silent(), []
+    watcher.batch = lambda prompts, tokens: seen.append(prompts)
+    return {"watcher": watcher, "stopping": lambda: (root / "plan.json").exists() and len(seen) >= batches}
 
 
 @pytest.mark.parametrize("answers", [0, 1])  # asked with each chunk of prompts, and when the model is loaded
@@ -280,7 +282,7 @@ def test_a_stopped_run_goes_on(batches, tmp_path):
     spec = make_spec(30, shard={"tokens": 40}, batch={"tokens": 20})
     job.run(spec, tmp_path / "whole")
     with pytest.raises(Stopped, match="goes on"):
-        job.run(spec, tmp_path / "out", stopping=stop_after(batches, tmp_path / "out"))
+        job.run(spec, tmp_path / "out", **stop_after(batches, tmp_path / "out"))
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert temporary(tmp_path / "out") == []
     kept = {path: seen for path, seen in snapshot(tmp_path / "out").items() if path.parent.name == "shards"}
@@ -293,7 +295,7 @@ def test_a_stopped_run_goes_on(batches, tmp_path):
 
 def test_another_spec_does_not_go_on_with_an_unfinished_dump(tmp_path):
     with pytest.raises(Stopped):
-        job.run(make_spec(30, shard={"tokens": 40}), tmp_path / "out", stopping=stop_after(3, tmp_path / "out"))
+        job.run(make_spec(30, shard={"tokens": 40}), tmp_path / "out", **stop_after(3, tmp_path / "out"))
     with pytest.raises(OccupiedError, match="`tokens`"):
         job.run(make_spec(30, shard={"tokens": 40}, tokens="last"), tmp_path / "out")
 

@@ -321,33 +321,27 @@ def until(true, most=30.0):
         time.sleep(0.005)
 
 
-def test_what_a_dead_worker_had_in_hand_is_taken_by_one_that_waits(spec, whole, tmp_path, monkeypatch):
+def test_what_a_dead_worker_had_in_hand_is_taken_by_one_that_waits(spec, whole, tmp_path):
     """The only part that is left is another's; it dies while we wait."""
     root = tmp_path / "out"
-    asked = []
-
-    def stop_at_the_end():
-        return len(list(root.glob("shards/*.json"))) >= 3
-
-    with pytest.raises(Stopped):
-        job.run(spec, root, stopping=stop_at_the_end)
-    done = {path.stem for path in root.glob("shards/*.json")}
-    assert "00003" not in done
+    shutil.copytree(whole, root)
+    Folder(root).manifest.unlink()
+    for path in root.glob("shards/00003.*"):
+        path.unlink()
     with holding(Folder(root)) as (_, process):
 
-        def ask():
-            asked.append(None)
-            if {path.stem for path in root.glob("shards/*.json")} == {path.stem for path in whole.glob("shards/*.json")} - {
-                "00003"
-            }:
+        def step(doing):
+            if doing == "waiting for other workers":
                 process.kill()
-            return False
 
-        assert job.run(spec, root, stopping=ask).state == "done"
+        watcher = job.watching.Silent()
+        watcher.step = step
+        assert job.run(spec, root, watcher=watcher).state == "done"
+        assert process.wait() == -signal.SIGKILL
     assert contents(root)[0] == contents(whole)[0]
 
 
-def test_a_worker_that_comes_late_finds_the_dump_up_to_date(spec, whole, tmp_path, monkeypatch):
+def test_a_worker_that_comes_late_finds_the_dump_up_to_date(spec, whole, tmp_path):
     """It comes while another seals: before it decides anything, it looks again."""
     root = tmp_path / "out"
     root.mkdir()
