@@ -1,5 +1,7 @@
 """Forwards that run side by side: the same values, in the same order, whatever happens in one of them."""
 
+import os
+import signal
 import threading
 import time
 
@@ -312,26 +314,25 @@ def test_a_stop_breaks_off_what_runs(kind):
     module(torch.ones(1, 3, dtype=torch.long))  # it can be used again
 
 
-def test_an_interrupt_while_the_lanes_end_waits_for_their_end(monkeypatch):
+def test_an_interrupt_while_the_lanes_end_waits_for_their_end():
     """What runs writes to files that are closed next."""
-    module, began, ended = Small(blocks=300, moment=0).eval(), threading.Event(), []
+    module, began, ending, ended = Small(blocks=300, moment=0).eval(), threading.Event(), threading.Event(), []
 
     def capture(lane, ids):
         began.set()
         try:
             captured(lane, ids)
         finally:
+            if not ending.is_set():
+                ending.set()
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
             ended.append(1)
 
     def stop():
         if began.is_set():
             raise Stopped("stop")
 
-    def interrupted(_, **words):
-        monkeypatch.undo()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(lanes.ThreadPoolExecutor, "shutdown", interrupted)
     with pytest.raises(KeyboardInterrupt), opened(module, stop) as side:
         module.moment = 0.01
         list(side.run(capture, [torch.ones(3, dtype=torch.long)] * 2))

@@ -4,9 +4,11 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import stat
 import struct
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -450,6 +452,22 @@ def test_an_error_here_drops_what_waits_there():
         threading.Timer(0.05, gate.set).start()
         raise KeyboardInterrupt
     assert done == []
+
+
+def test_an_interrupt_waits_for_what_is_being_written():
+    """Its file is closed next."""
+    waiting, done = threading.Event(), []
+
+    def write():
+        waiting.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        done.append("written")
+
+    with pytest.raises(KeyboardInterrupt), store.Writer() as writer:
+        writer.do(write)
+        threading.Timer(0.05, waiting.set).start()
+    assert done == ["written"]
 
 
 def test_a_failed_task_stops_those_that_wait_behind_it():

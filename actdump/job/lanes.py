@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from actdump import store
 from actdump.job.bound import Bound
 from actdump.job.memory import out_of_memory
 from actdump.job.underway import LOOK
@@ -115,18 +116,11 @@ class Lanes:
 
         from actdump import engine
 
-        interrupted: KeyboardInterrupt | None = None
-        ended = False
-        with engine.breaking_off(lane.module for lane in self._lanes):
-            while not ended:
-                try:
-                    self._threads.shutdown(cancel_futures=True)
-                    ended = True
-                except KeyboardInterrupt as interrupt:  # what runs writes to files that are closed next, so its end is awaited
-                    interrupted = interrupt
-        torch.set_num_threads(self._all)  # for the threads that come
-        if interrupted is not None:
-            raise interrupted
+        try:
+            with engine.breaking_off(lane.module for lane in self._lanes):
+                store.shut_down(self._threads, cancel=True)
+        finally:
+            torch.set_num_threads(self._all)  # for the threads that come
 
 
 def _count(module: "nn.Module", threads: int) -> int:

@@ -23,6 +23,7 @@ from actdump.store.standing import (
     restamp,
 )
 from actdump.store.status import Hand, Status, status
+from actdump.store.threads import shut_down
 
 __all__ = [
     "AHEAD",
@@ -55,6 +56,7 @@ __all__ = [
     "reopen",
     "restamp",
     "seal",
+    "shut_down",
     "status",
     "storage",
     "sweep",

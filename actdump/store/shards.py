@@ -28,6 +28,7 @@ from actdump.statistics import Statistics, merged
 from actdump.store.files import flush_folder, storage, to_json, write, write_atomically
 from actdump.store.locks import me
 from actdump.store.standing import done
+from actdump.store.threads import shut_down
 
 if TYPE_CHECKING:
     import numpy as np
@@ -233,7 +234,7 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=kind is not None)
+        shut_down(self._thread, cancel=kind is not None)
 
 
 def gathered(folder: Folder, plan: Plan, made: Mapping[str, Any]) -> Manifest:

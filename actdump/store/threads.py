@@ -1,0 +1,37 @@
+"""Threads that write to files, and how they end."""
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Thread
+
+
+def shut_down(threads: ThreadPoolExecutor, cancel: bool) -> None:
+    """Return when nothing runs there any more. An interrupt waits as well, because what runs writes to files that are closed next.
+
+    The threads are joined in another one: before Python 3.13, a join that an interrupt breaks off takes its thread for ended
+    (https://github.com/python/cpython/issues/90882).
+
+    Args:
+        cancel: whether to forget what has not been begun.
+
+    Raises:
+        KeyboardInterrupt: there was one.
+    """
+    ended = Event()
+
+    def end() -> None:
+        try:
+            threads.shutdown(cancel_futures=cancel)
+        finally:
+            ended.set()
+
+    ending = Thread(target=end)
+    interrupted: KeyboardInterrupt | None = None
+    while not ended.is_set():
+        try:
+            if ending.ident is None:
+                ending.start()
+            ended.wait()
+        except KeyboardInterrupt as interrupt:
+            interrupted = interrupt
+    if interrupted is not None:
+        raise interrupted
