@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from actdump.errors import ActdumpError, DataError, MissingError, Stopped, StorageError, UsageError
+from actdump.signals import StopSignals, let_go, seconds
 
 if TYPE_CHECKING:
     from actdump.spec import Spec
-    from actdump.worker import StopSignals, Worker
+    from actdump.worker import Worker
 
 app = typer.Typer(
     name="actdump",
@@ -40,22 +41,26 @@ Output = Annotated[
 
 
 @contextmanager
-def _quitting(stopped: int = Stopped.code, log_json: bool = False) -> Iterator[None]:
+def _quitting(stopped: int = Stopped.code, log_json: bool = False, signals: StopSignals | None = None) -> Iterator[None]:
     """Turn errors into messages and exit codes.
 
     Args:
         stopped: the exit code of a run that was stopped.
         log_json: write messages as JSON.
+        signals: what becomes of signals; without it, what they usually do.
     """
     from actdump import console
 
     console.choose_form(log_json)
     try:
-        yield
+        if signals is None:
+            let_go()
+        with signals or nullcontext():
+            yield
     except ActdumpError as error:
         _quit(str(error), stopped if isinstance(error, Stopped) else error.code)
     except KeyboardInterrupt:
-        _quit("interrupted; the same command goes on", 130)
+        _quit("interrupted" if signals is None else "interrupted; the same command goes on", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
@@ -122,12 +127,14 @@ def run(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors and the result.")] = False,
 ) -> None:
     """Run the model over the prompts and write the dump; prints the path of its manifest."""
-    with _quitting(stopped, log_json):
+    signals = StopSignals()
+    with _quitting(stopped, log_json, None if dry_run else signals):
         from actdump import dependencies
-        from actdump.worker import StopSignals, seconds, which
+        from actdump.worker import which
 
         this = which(worker, os.environ)
-        signals = StopSignals(None if stop_after is None else seconds(stop_after))
+        if stop_after is not None:
+            signals.ask_after(seconds(stop_after))
         if depfile is not None and depfile.is_dir():
             raise UsageError(f"--depfile: `{depfile}` is a folder; name a file")
         time = dependencies.time_of(spec)
@@ -150,14 +157,14 @@ def _run(
     overwrite: bool,
     repair: bool,
     worker: "Worker",
-    signals: "StopSignals",
+    signals: StopSignals,
     as_json: bool,
     quiet: bool,
 ) -> Path:
     from actdump import console, job, views
 
     console.start_logging(quiet)
-    with signals, nullcontext() if quiet else console.Bar() as bar:
+    with nullcontext() if quiet else console.Bar() as bar:
         outcome = job.run(
             spec, root, overwrite=overwrite, repair=repair, worker=worker, watcher=bar, stopping=lambda: signals.asked
         )

@@ -1,17 +1,11 @@
-"""Which worker this process is, and when it is to stop."""
+"""Which worker this process is."""
 
 import re
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from time import monotonic
-from types import FrameType, TracebackType
-from typing import Any, Self
 
 from actdump.errors import UsageError
 from actdump.plan import Part
-
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -94,50 +88,3 @@ def _of_processes(environment: Mapping[str, str]) -> tuple[int, int]:
         if not rank and "SLURM_STEP_ID" not in environment:
             return 0, 1
     return (rank, world) if rank is not None and world and rank < world else (0, 1)
-
-
-def seconds(text: str) -> float:
-    """A duration in seconds: `90s`, `55m`, `1h30m`, `3600`.
-
-    Raises:
-        UsageError: it is none.
-    """
-    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
-    total = sum(int(count or 0) * unit for count, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0
-    if total == 0:
-        raise UsageError(f"--stop-after: `{text}` is not a time; write 55m, 90s, 1h30m or a number of seconds")
-    return float(total)
-
-
-class StopSignals:
-    """While the block runs, signals only set a flag; a second Ctrl-C raises KeyboardInterrupt.
-
-    Some schedulers send SIGTERM and some what they are told to; NCCL may catch SIGUSR1, so SIGUSR2 does the same.
-
-    Args:
-        after: seconds after which to ask for a stop without a signal.
-    """
-
-    def __init__(self, after: float | None = None) -> None:
-        self._asked = self._interrupted = False
-        self._end = None if after is None else monotonic() + after
-        self._before: dict[signal.Signals, Any] = {}
-
-    @property
-    def asked(self) -> bool:
-        """Whether to stop."""
-        return self._asked or (self._end is not None and monotonic() >= self._end)
-
-    def __enter__(self) -> Self:
-        for number in STOPPING:
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self._interrupted:
-            raise KeyboardInterrupt
-        self._asked, self._interrupted = True, self._interrupted or number == signal.SIGINT
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -723,7 +724,7 @@ def test_ctrl_c_once_stops_soon_and_the_same_command_goes_on() -> None:
         while not list(Path("out").rglob("0000*.json")):
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=5)
+        out, err = process.communicate(timeout=30)
     print(err)
     assert process.returncode == 75
     assert out == ""
@@ -746,13 +747,36 @@ def test_a_run_that_waits_for_standard_input_stops_soon() -> None:
         process.stdin.flush()
         time.sleep(1.5)  # it has read the spec and waits for the rest
         process.send_signal(signal.SIGTERM)
-        process.wait(5)
-        out, err = process.communicate(timeout=5)
+        process.wait(30)  # with its input still open
+        out, err = process.communicate(timeout=30)
     print(err)
     assert process.returncode == 75
     assert out == ""
     assert err == "error: out: stopped before the end; the same command goes on with it\n"
     assert nothing_left()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_run_that_is_told_to_stop_while_it_starts_hears_of_it(number: signal.Signals) -> None:
+    need(Path("/proc/self/status").exists(), "needs a /proc to see when a process holds signals back")
+    Path("spec.yaml").write_text(GOOD)
+    with started("run", "spec.yaml") as process:
+        while not minds_signals(process):
+            assert process.poll() is None
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    print(err)
+    assert process.returncode == 75
+    assert out == ""
+    assert err.endswith("error: out: stopped before the end; the same command goes on with it\n")
+    assert nothing_left()
+
+
+def minds_signals(process: subprocess.Popen[str]) -> bool:
+    """Whether a process holds signals back, or handles them."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    masks = re.findall(r"Sig(?:Blk|Cgt):\s*(\w+)", status)
+    return any(int(mask, 16) >> (signal.SIGUSR1 - 1) & 1 for mask in masks)
 
 
 SLEEPS = """
@@ -776,7 +800,7 @@ def test_ctrl_c_twice_ends_at_once() -> None:
         time.sleep(0.3)
         assert process.poll() is None  # it waits for the end of the batch
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=5)
+        out, err = process.communicate(timeout=30)
     print(err)
     assert process.returncode == 130
     assert out == ""
