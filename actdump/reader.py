@@ -27,6 +27,8 @@ def open_dump(path: str | Path) -> "Dump":
         DataError: its manifest cannot be read.
     """
     folder = Folder(Path(path))
+    if folder.root.is_file():
+        raise MissingError(f"{path} is a file; name the folder of a dump")
     if not folder.root.is_dir():
         raise MissingError(f"{path}: there is no such folder")
     if not folder.manifest.is_file():

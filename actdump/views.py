@@ -11,6 +11,7 @@ from rich.text import Text
 from actdump.console import counted, size
 from actdump.format import Manifest
 from actdump.plan import Column
+from actdump.statistics import Statistics
 
 if TYPE_CHECKING:
     from actdump.diff import Comparison, Difference
@@ -152,12 +153,19 @@ def statistics_table(manifest: Manifest) -> Table:
     table = _plain_table("tap", *headings, *["mean norm of tokens 0, 1, 2 …"] * positions, right=headings)
     for name, each in listed:
         norm = "" if each.norm is None else f"{each.norm:.4g}"
-        early = "  ".join(
-            f"{norm:.4g}" for rows, norm in zip(each.rows_by_position, each.norm_by_position, strict=True) if rows
-        )
+        early = "  ".join(_early_norms(each))
         figures = [f"{each.mean:.4g}", f"{each.std:.4g}", norm, f"{each.largest:.4g}", *[f"{each.nonfinite:,}"] * odd]
         table.add_row(*map(Text, (name, *figures, *[early] * positions)))
     return table
+
+
+def _early_norms(statistics: Statistics) -> list[str]:
+    """The mean norm at each of the first positions, up to the last that has a row; `-` where none has."""
+    found = zip(statistics.rows_by_position, statistics.norm_by_position, strict=True)
+    norms = [f"{norm:.4g}" if rows else "-" for rows, norm in found]
+    while norms and norms[-1] == "-":
+        norms.pop()
+    return norms
 
 
 def audit_totals(audit: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -811,7 +811,7 @@ def test_ctrl_c_twice_ends_at_once() -> None:
 # ------------------------------------------------------------------------------------------------------------------ other commands
 
 
-@pytest.mark.parametrize("command", ["show", "verify"])
+@pytest.mark.parametrize("command", ["show", "verify", "status"])
 def test_a_dump_that_is_not_there(command: str) -> None:
     said = actdump(command, "nowhere")
     assert said.code == 66
@@ -820,6 +820,10 @@ def test_a_dump_that_is_not_there(command: str) -> None:
     said = actdump(command, "empty")
     assert said.code == 66
     assert "it holds no dump" in said.err
+    Path("file").touch()
+    said = actdump(command, "file")
+    assert said.code == 66
+    assert "file is a file; name the folder of a dump" in said.err
 
 
 def test_a_flipped_bit_and_a_missing_shard_are_found() -> None:

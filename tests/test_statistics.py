@@ -6,11 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 from zoo import VOCABULARY, Toy
 
 import actdump
 from actdump import job
 from actdump.address import Slice
+from actdump.cli import app
 from actdump.engine.measure import Early, measure
 from actdump.errors import DataError
 from actdump.format import Folder, shard_from_json
@@ -84,6 +86,15 @@ def test_a_prompt_that_a_slice_takes_nothing_from(tmp_path):
     job.run(spec(prompts=rows, save={"rest": {"address": SAVE["block"], "tokens": "1:"}}), tmp_path / "out")
     found = actdump.open(tmp_path / "out").manifest.statistics["rest"]
     assert (found.rows, found.rows_by_position) == (0, (0,) * POSITIONS)
+
+
+def test_show_says_where_no_prompt_has_a_row(tmp_path):
+    """The last tokens of prompts of two and four tokens are tokens 1 and 3."""
+    rows = [{"input_ids": [3, 4]}, {"input_ids": [5, 6, 7, 8]}]
+    job.run(spec(prompts=rows, save={"last": {"address": SAVE["block"], "tokens": "last"}}), tmp_path / "out")
+    norms = [f"{value.float().norm():.4g}" for value in actdump.open(tmp_path / "out")["last"]]
+    said = CliRunner().invoke(app, ["show", str(tmp_path / "out")], env={"COLUMNS": "200"})
+    assert said.output.splitlines()[-1].split()[-4:] == ["-", norms[0], "-", norms[1]]
 
 
 def test_no_rows_at_all():

@@ -36,8 +36,8 @@ def finished(path: Path, count: int, *, place: str | None = None, step: Callable
     plan = _plan(dump)
     spec = _model_spec(dump.manifest, place)
     try:
-        _check_files(dump.manifest, spec)
         source = model.find(spec)
+        _check_files(dump.manifest, spec)
     except MissingError as error:
         raise MissingError(f"{error}\nmodel: if it is somewhere else now, say where with --model") from None
     step("reading the shards")

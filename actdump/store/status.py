@@ -46,6 +46,8 @@ def status(folder: Folder) -> Status:
         MissingError: there is none.
         DataError: its plan cannot be read.
     """
+    if folder.root.is_file():
+        raise MissingError(f"{folder.root} is a file; name the folder of a dump")
     if not folder.root.is_dir():
         raise MissingError(f"{folder.root}: there is no such folder")
     loaded = load_plan(folder)
