@@ -1,7 +1,7 @@
 """actdump: dump the internal activations of neural networks.
 
-`open` reads a dump, `load` and `wrap` give a model for `with model.trace(prompt):`, `run` makes a dump from a spec. What needs
-torch is imported when it is first used, so that importing actdump is quick.
+`open` reads a dump, `load` and `wrap` give a model for `with model.trace(prompt):`. What needs torch is imported when it is first
+used, so that importing actdump is quick.
 """
 
 from importlib import import_module
