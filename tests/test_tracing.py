@@ -728,12 +728,12 @@ def test_a_body_that_raises_runs_nothing(model, gpt2):
             hidden = model.transformer.h[0].output.save()
             raise KeyError("mine")
         with model.trace(PROMPT) as tracer:
-            model.transformer.h[0].output  # noqa: B018
+            model.transformer.h[0].output  # noqa: B018 # asking for it is what is tested
     finally:
         watch.remove()
     assert not runs and tracer.over
     with pytest.raises(TraceError, match="raised an exception"):
-        hidden.value  # noqa: B018
+        hidden.value  # noqa: B018 # asking for it is what is tested
     with model.trace(PROMPT):
         hidden = model.transformer.h[0].output.save()
     assert hidden.shape == (1, 8, 16)

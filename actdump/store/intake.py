@@ -45,7 +45,7 @@ class Intake:
         self.tokens = self._open(folder.tokens)
         self.lines = self._open(folder.prompts)
         with storage(folder.root):
-            self.spool = TemporaryFile(dir=folder.root)  # noqa: SIM115 (closed with the others)
+            self.spool = TemporaryFile(dir=folder.root)  # noqa: SIM115 # closed with the others
 
     def _open(self, final: Path) -> Any:
         with storage(final):
