@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from actdump.job.bound import Bound
 from actdump.plan import Batch
 from actdump.spec import Spec
 from actdump.state import TABLE
+from actdump.store import shut_down
 from actdump.tap import Tap
 
 MANY = {"shard": {"tokens": 200}, "batch": {"tokens": 40}}
@@ -337,3 +339,19 @@ def test_an_interrupt_while_the_lanes_end_waits_for_their_end():
         module.moment = 0.01
         list(side.run(capture, [torch.ones(3, dtype=torch.long)] * 2))
     assert len(ended) == 2
+
+
+def test_an_interrupt_while_the_thread_that_joins_is_started_waits_as_well(monkeypatch):
+    """A new thread of the system that has not yet run says nothing to the one that started it."""
+    start, ended, pool = threading._start_new_thread, [], ThreadPoolExecutor(1)
+    pool.submit(lambda: (time.sleep(0.3), ended.append(1)))
+
+    def slow(bootstrap, words):
+        monkeypatch.setattr(threading, "_start_new_thread", start)
+        start(lambda: (time.sleep(0.1), bootstrap(*words)), ())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(threading, "_start_new_thread", slow)
+    with pytest.raises(KeyboardInterrupt):
+        shut_down(pool, cancel=False)
+    assert ended == [1]
