@@ -187,24 +187,25 @@ def check(spec: SpecFile, output: Output = None, sets: Sets = None, limit: Limit
     """Show what a run would keep: every tap's module, axes and exact bytes; parts, batches, padding; disk space."""
     with _quitting():
         loaded = _load(spec, sets, limit)
-        root = output or (Path(loaded.output).expanduser() if loaded.output else Path())
+        root = _root(loaded, output) if output or loaded.output else None
         with _located(loaded):
             _show_forecast(loaded, root, as_json, quiet=False)
 
 
-def _show_forecast(spec: "Spec", root: Path, as_json: bool, quiet: bool) -> None:
+def _show_forecast(spec: "Spec", root: Path | None, as_json: bool, quiet: bool) -> None:
     from actdump import console, job, store, views
 
     console.start_logging(quiet)
     with console.Bar() as bar:
-        forecast = job.forecast(spec, None if quiet else bar)
-    free = store.free_space(root)
+        forecast = job.forecast(spec, None if quiet else bar, root)
+    place = root or Path()
+    free = store.free_space(place)
     if as_json:
         typer.echo(json.dumps(views.forecast_json(forecast, free)))
         return
     views.show(views.forecast_table(forecast))
     console.out.print()
-    views.show(views.facts_table(views.forecast_facts(forecast, root, free)))
+    views.show(views.facts_table(views.forecast_facts(forecast, place, free)))
 
 
 @app.command()

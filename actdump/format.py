@@ -292,9 +292,11 @@ def _dim(value: int | str) -> int | Slice:
 def _check_version(value: Mapping[str, Any]) -> None:
     if not isinstance(value, Mapping):
         raise TypeError(f"a JSON {type(value).__name__} where an object is needed")
-    if value.get("format") != VERSION:
+    if "format" not in value:
+        raise ValueError("it has no `format`")
+    if value["format"] != VERSION:
         raise DataError(
-            f"this is format {value.get('format')}; this actdump reads format {VERSION}, so use the version that wrote it"
+            f"this is format {value['format']}; this actdump reads format {VERSION}, so use the version that wrote it"
         )
 
 

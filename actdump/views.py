@@ -1,6 +1,7 @@
 """What the commands show: tables, facts and lines made of forecasts, manifests, audits and comparisons."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,13 +86,22 @@ def forecast_facts(forecast: "Forecast", root: Path, free: int) -> list[tuple[st
         ("parts", f"{len(plan.parts):,}"),
         ("batches", f"{forecast.batches:,} of at most {plan.budget.tokens:,} padded tokens; {share:.1%} of what is computed is padding"),
         ("size", f"{forecast.bytes:,} bytes; {free:,} are free at {root}{fits}"),
+        *([("folder", _folder_words(forecast.folder))] if forecast.folder else []),
         ("probed", "with weights" if forecast.weighed else "without weights, by shapes; a run also checks values"),
     ]  # fmt: skip
 
 
+def _folder_words(found: "Explanation | str") -> str:
+    """What a run would make of its folder, in one line."""
+    if isinstance(found, str):
+        return f"a run would refuse it: {found}"
+    return f"{found.state}: {_FOLLOWS[found.state]}" + f" ({'; '.join(found.reasons)})" * bool(found.reasons)
+
+
 def forecast_json(forecast: "Forecast", free: int) -> dict[str, Any]:
     """The same for programs."""
-    plan = forecast.plan
+    plan, found = forecast.plan, forecast.folder
+    folder = {"state": "refused", "reasons": [found]} if isinstance(found, str) else asdict(found) if found else None
     taps = []
     for column in plan.columns:
         rows, count = _rows_and_bytes(forecast, column)
@@ -101,7 +111,7 @@ def forecast_json(forecast: "Forecast", free: int) -> dict[str, Any]:
         })  # fmt: skip
     return {
         "taps": taps, "prompts": plan.prompts, "tokens": plan.tokens, "padded_tokens": forecast.padded, "batches": forecast.batches,
-        "parts": len(plan.parts), "bytes": forecast.bytes, "free_bytes": free, "weights_loaded": forecast.weighed,
+        "parts": len(plan.parts), "bytes": forecast.bytes, "free_bytes": free, "weights_loaded": forecast.weighed, "folder": folder,
     }  # fmt: skip
 
 
@@ -224,19 +234,20 @@ def difference_table(comparison: "Comparison") -> Table:
     return _taps_table(map(row, comparison.taps))
 
 
+_FOLLOWS = {
+    "new": "a run would begin a dump",
+    "unfinished": "a run would go on with it",
+    "up to date": "a run would leave it alone",
+    "stale": "a run would refuse it, and with --overwrite replace it",
+}
+
+
 def explanation(root: Path, found: "Explanation") -> list[str]:
     """What a run would find in its folder, and what follows."""
-    if found.state == "stale":
-        return [
-            f"{root}: stale: a run would refuse it, and with --overwrite replace it:",
-            *(f"  {why}" for why in found.reasons),
-        ]
-    follows = {
-        "new": "a run would begin a dump",
-        "unfinished": "a run would go on with it",
-        "up to date": "a run would leave it alone",
-    }
-    return [f"{root}: {found.state}: {follows[found.state]}"]
+    return [
+        f"{root}: {found.state}: {_FOLLOWS[found.state]}" + ":" * bool(found.reasons),
+        *(f"  {why}" for why in found.reasons),
+    ]
 
 
 def status_facts(status: "Status") -> list[tuple[str, str]]:

@@ -183,6 +183,32 @@ def test_check_in_words() -> None:
     assert not Path("out").exists()
 
 
+def test_check_says_what_a_run_would_find() -> None:
+    def folder(*words: str) -> dict[str, object]:
+        return json.loads(actdump("check", "spec.yaml", "--json", *words).stdout)["folder"]
+
+    assert folder() == {"state": "new", "reasons": []}
+    actdump("run", "spec.yaml")
+    assert folder() == {"state": "up to date", "reasons": []}
+    stale = "`dtype` was not given and is float16"
+    assert folder("--set", "dtype=float16") == {"state": "stale", "reasons": [stale]}
+    said = actdump("run", "spec.yaml", "--dry-run", "--set", "dtype=float16").stdout
+    assert f"stale: a run would refuse it, and with --overwrite replace it ({stale})" in said
+    Path("other").mkdir()
+    Path("other/mine").touch()
+    assert folder("-o", "other")["state"] == "refused"
+    assert "a run would refuse it: other holds other things (mine)" in actdump("check", "spec.yaml", "-o", "other").stdout
+    lines = '{"input_ids": [1, 2]}\n'
+    words = ("--set", "prompts={file: '-', format: jsonl}", "-o", "piped")
+    actdump("run", "spec.yaml", *words, stdin=lines)
+    said = actdump("check", "spec.yaml", *words, "--json", stdin=lines)
+    assert json.loads(said.stdout)["folder"]["state"] == "up to date"
+
+
+def test_check_without_a_folder() -> None:
+    assert json.loads(actdump("check", "spec.yaml", "--json", "--set", "output=null").stdout)["folder"] is None
+
+
 def test_tree() -> None:
     said = actdump("tree", "spec.yaml", "--grep", "attn", "--depth", "9")
     assert "transformer.h[0].attn" in said.stdout

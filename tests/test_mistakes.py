@@ -211,6 +211,10 @@ def test_a_spec_that_is_a_folder() -> None:
         ("save.7=transformer.wte.output", ["--set save.7", "`save` has 1 entries, from 0"]),
         ("output.name=x", ["--set output.name=x"]),
         ("dtype=float12", ["--set dtype", "float16"]),
+        ("modle.dtype=float32", ["--set modle.dtype: unknown key `modle`", "did you mean `model`?"]),
+        ("shard.most.tokens=4", ["--set shard.most.tokens: unknown key `shard.most`"]),
+        ("prompts.file=p.txt", ["spec.yaml:2, --set prompts.file: prompts: needs a list of prompts or `file`, not both"]),
+        ("prompts.9.text=x", ["--set prompts.9.text", "there is no `9`"]),
     ],
 )
 def test_a_wrong_override_is_named(override: str, words: list[str]) -> None:

@@ -235,7 +235,7 @@ def test_no_dump(tmp_path, root):
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": 1}', '{"format": 99}'])
 def test_a_manifest_that_is_none(content, damaged):
     (damaged / "manifest.json").write_text(content)
-    with pytest.raises(DataError, match=r"manifest\.json: (not a manifest|this is format)"):
+    with pytest.raises(DataError, match=r"manifest\.json: (not a manifest|this is format 99)"):
         actdump.open(damaged)
 
 

@@ -4,11 +4,14 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from actdump import inputs, store
-from actdump.format import shard_layout
+from actdump.errors import DataError, OccupiedError, StorageError
+from actdump.format import Folder, shard_layout
 from actdump.job.bound import Bound, budget_for, survey
 from actdump.job.feeding import cut, standard_input, tokenised, tokenizer_for
+from actdump.job.standing import Explanation, found
 from actdump.job.watching import Silent, Watcher
 from actdump.plan import Plan, batches, make, padded
 from actdump.spec import Spec
@@ -24,6 +27,7 @@ class Forecast:
         padded: the tokens that the batches compute, padding included.
         batches: how many forwards there are.
         bytes: the exact size of all shard files.
+        folder: what stands in its folder, or the error that a run would end with; `None` where no folder was named.
     """
 
     bound: Bound
@@ -33,9 +37,10 @@ class Forecast:
     padded: int
     batches: int
     bytes: int
+    folder: Explanation | str | None
 
 
-def forecast(spec: Spec, watcher: Watcher | None = None) -> Forecast:
+def forecast(spec: Spec, watcher: Watcher | None = None, root: Path | None = None) -> Forecast:
     """Plan a run and write nothing."""
     watcher = watcher or Silent()
     watcher.step("reading the model's config")
@@ -45,10 +50,12 @@ def forecast(spec: Spec, watcher: Watcher | None = None) -> Forecast:
     watcher.step("tokenising")
     lengths = array("i")
     with standard_input(spec) as stdin:
-        _ = inputs.of(spec, stdin).stamps  # they are there
+        sources = inputs.of(spec, stdin)
+        _ = sources.stamps  # they are there
         for _, ids in tokenised(spec, bound.source, tokenizer, stdin):
             lengths.extend(map(len, ids))
         plan = make({}, bound.columns, cut(spec, bound, lengths, stdin), budget)
+        folder = _found(spec, root, sources) if root is not None else None
     size = computed = count = 0
     for part in plan.parts:
         inside = lengths[part.first : part.first + part.prompts]
@@ -56,4 +63,11 @@ def forecast(spec: Spec, watcher: Watcher | None = None) -> Forecast:
         size += shard_layout(bound.columns, inside, store.metadata(plan, part)).size
         computed += padded(inside, cuts)
         count += len(cuts)
-    return Forecast(bound, weighed, plan, Counter(lengths), computed, count, size)
+    return Forecast(bound, weighed, plan, Counter(lengths), computed, count, size, folder)
+
+
+def _found(spec: Spec, root: Path, sources: inputs.Inputs) -> Explanation | str:
+    try:
+        return found(spec, Folder(root), sources)
+    except (OccupiedError, StorageError, DataError) as error:
+        return str(error)

@@ -38,15 +38,24 @@ def explain(spec: Spec, root: Path) -> Explanation:
         DataError: its plan cannot be read.
         MissingError: an input is not there.
     """
-    folder = Folder(root)
     with standard_input(spec) as stdin:
-        sources = inputs.of(spec, stdin)
-        if (loaded := store.load_plan(folder)) is None:
-            store.check_free(folder, overwrite=False)
-            return Explanation("new")
-        plan, stamps = loaded
-        if reasons := tuple(islice(_reasons(spec, sources, plan, stamps), MOST)):
-            return Explanation("stale", reasons)
+        return found(spec, Folder(root), inputs.of(spec, stdin))
+
+
+def found(spec: Spec, folder: Folder, sources: inputs.Inputs) -> Explanation:
+    """What a run would find in the folder.
+
+    Raises:
+        OccupiedError: it holds something that is no dump.
+        StorageError: where the folder would be made is a file.
+        DataError: its plan cannot be read.
+    """
+    if (loaded := store.load_plan(folder)) is None:
+        store.check_free(folder, overwrite=False)
+        return Explanation("new")
+    plan, stamps = loaded
+    if reasons := tuple(islice(_reasons(spec, sources, plan, stamps), MOST)):
+        return Explanation("stale", reasons)
     return Explanation("up to date" if store.complete(folder, plan) else "unfinished")
 
 

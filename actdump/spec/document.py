@@ -50,6 +50,7 @@ class _Document:
     lines: dict[Where, str] = field(default_factory=dict)
     mistakes: list[tuple[str, str]] = field(default_factory=list)
     unset: set[str] = field(default_factory=set)
+    overridden: list[Where] = field(default_factory=list)
 
     def read(self, text: str) -> None:
         try:
@@ -131,7 +132,12 @@ class _Document:
         where = tuple(int(key) if key.isdigit() else key for key in path.split("."))
         if where[0] == "model" and len(where) > 1 and isinstance(self.data.get("model"), str):
             self.data["model"] = {"name": self.data["model"]}
-        if where[0] == "prompts" and len(where) > 1 and isinstance(self.data.get("prompts"), list):
+        if (
+            where[0] == "prompts"
+            and len(where) > 1
+            and isinstance(where[1], str)
+            and isinstance(self.data.get("prompts"), list)
+        ):
             self.data["prompts"] = {"rows": self.data["prompts"]}
         if where[0] == "save" and len(where) > 2 and isinstance(self._at(where[:2]), str):
             self.data["save"][where[1]] = {"address": self._at(where[:2])}
@@ -148,7 +154,11 @@ class _Document:
             raise UsageError(f"--set {override}: `{'.'.join(map(str, where[:-1]))}` has {len(place)} entries, from 0") from None
         except TypeError:
             raise UsageError(f"--set {override}: `{'.'.join(map(str, where[:-1]))}` has no parts to set") from None
-        self.lines[(*where[:-1], last)] = f"--set {path}"
+        where = (*where[:-1], last)
+        for depth in range(1, len(where)):
+            self.lines.setdefault(where[:depth], f"--set {path}")
+        self.lines[where] = f"--set {path}"
+        self.overridden.append(where)
 
     def _at(self, where: Where) -> Any:
         data = self.data
@@ -172,7 +182,7 @@ class _Document:
             for each in error.errors():
                 where = self._place(each["loc"])
                 if self._line(where) not in self.unset:  # what follows from a missing variable is no mistake of its own
-                    self._mistake(self._line(where), said(each, where))
+                    self._mistake(self._lines(where), said(each, where))
         if self.mistakes or spec is None:
             ordered = sorted(self.mistakes, key=lambda mistake: self._order(mistake[0]))
             raise SpecError("\n".join(dict.fromkeys(f"{line}: {text}" for line, text in ordered)))
@@ -181,7 +191,7 @@ class _Document:
 
     def _order(self, line: str) -> int:
         """Lines of the file from the top, then overrides."""
-        number = line.removeprefix(f"{self.name}:")
+        number = line.removeprefix(f"{self.name}:").partition(",")[0]
         return int(number) if number.isdigit() else sys.maxsize
 
     def _mistake(self, line: str, text: str) -> None:
@@ -201,6 +211,13 @@ class _Document:
             elif isinstance(data, list) and isinstance(key, int) and key < len(data):
                 where, data = (*where, key), data[key]
         return where
+
+    def _lines(self, where: Where) -> str:
+        """The line of a value, and the overrides of its parts, any of which may be at fault."""
+        parts = [
+            self.lines[part] for part in self.overridden if where and len(part) > len(where) and part[: len(where)] == where
+        ]
+        return ", ".join(dict.fromkeys((self._line(where), *parts)))
 
     def _line(self, where: Where) -> str:
         while where and where not in self.lines:

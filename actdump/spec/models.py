@@ -201,8 +201,10 @@ class PromptsSpec(_Strict):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.rows is None) == (self.file is None):
+        if self.rows is None and self.file is None:
             raise ValueError("needs a list of prompts, or `file`")
+        if self.rows is not None and self.file is not None:
+            raise ValueError("needs a list of prompts or `file`, not both")
         if self.rows == []:
             raise ValueError("the list is empty")
         if self.file is not None and self.kind is None:
