@@ -6,12 +6,12 @@
     item    = "[" int "]" | "[" "'key'" "]" | "." key | "[" tensor index "]"
 
 The port is the last port word outside brackets, because a module may have a child with such a name (BERT has `output`).
-Nothing here evaluates text, and nothing here needs torch: a module is whatever has `named_children()`.
+Nothing here evaluates text, and nothing here needs torch: a module is whatever has `_modules`, as torch's have.
 """
 
 import ast
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from types import EllipsisType
@@ -24,9 +24,15 @@ PORTS: tuple[Port, ...] = ("output", "outputs", "input", "inputs")
 
 
 class Tree(Protocol):
-    """The part of `torch.nn.Module` that an address needs."""
+    """The part of `torch.nn.Module` that an address needs: the modules in it by name."""
 
-    def named_children(self) -> Iterator[tuple[str, Any]]: ...
+    @property
+    def _modules(self) -> Mapping[str, Any]: ...
+
+
+def children(tree: Tree) -> dict[str, Any]:
+    """The modules in a module by name. Unlike `named_children()`, it has one that stands there twice twice, as numbers count it."""
+    return {name: child for name, child in tree._modules.items() if child is not None}
 
 
 @dataclass(frozen=True)
@@ -300,21 +306,21 @@ def module_at(address: Address, root: Tree) -> Any:
 
 
 def _follow(step: Step, path: tuple[Step, ...], tree: Tree) -> list[tuple[Step, Tree]]:
-    children = dict(tree.named_children())
-    listed = bool(children) and all(name.isdigit() for name in children)
+    found = children(tree)
+    listed = bool(found) and list(found) == [str(number) for number in range(len(found))]
     if isinstance(step, Child):
-        if step.name not in children:
-            raise AddressError(_no_child(step, path, tree, children))
-        return [(_taken(step.name, listed), children[step.name])]
+        if step.name not in found:
+            raise AddressError(_no_child(step, path, tree, found))
+        return [(_taken(step.name, listed), found[step.name])]
     if isinstance(step, Every):
-        if not children:
+        if not found:
             raise AddressError(f"{_place(path, tree)} has no children, so `{written(step)}` picks nothing")
-        return [(_taken(name, listed), child) for name, child in children.items()]
+        return [(_taken(name, listed), child) for name, child in found.items()]
     if not listed:
         raise AddressError(
-            f"{_place(path, tree)} is not a list, so `{written(step)}` cannot follow; it has {', '.join(children) or 'no children'}"
+            f"{_place(path, tree)} is not a list, so `{written(step)}` cannot follow; it has {', '.join(found) or 'no children'}"
         )
-    entries = list(children.items())
+    entries = list(found.items())
     if isinstance(step, Some):
         picked = [entries[number] for number in step.entries.of(len(entries))]
     elif -len(entries) <= step.number < len(entries):
@@ -332,18 +338,18 @@ def _place(path: tuple[Step, ...], tree: Tree) -> str:
     return f"`{path_text(path)}` ({type(tree).__name__})" if path else f"the model ({type(tree).__name__})"
 
 
-def _no_child(step: Child, path: tuple[Step, ...], tree: Tree, children: dict[str, Tree]) -> str:
-    if not children:
+def _no_child(step: Child, path: tuple[Step, ...], tree: Tree, found: Mapping[str, Tree]) -> str:
+    if not found:
         return f"{_place(path, tree)} has no children, so there is no `{step.name}` in it"
     if deeper := _deeper(step.name, path, tree):
         return f"{_place(path, tree)} has no child `{step.name}`; did you mean `{deeper}`?"
-    return f"{_place(path, tree)} has no child `{step.name}`{did_you_mean(step.name, children)}"
+    return f"{_place(path, tree)} has no child `{step.name}`{did_you_mean(step.name, found)}"
 
 
 def _deeper(name: str, path: tuple[Step, ...], tree: Tree) -> str | None:
     """The place one level further down that has the name, for a forgotten `model.` or `transformer.`."""
-    for between, child in tree.named_children():
-        if name in dict(child.named_children()):
+    for between, child in children(tree).items():
+        if name in children(child):
             return path_text((*path, Child(between), Child(name)))
     return None
 

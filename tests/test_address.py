@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from actdump.address import PORTS, Address, Child, Every, Index, Key, Nth, Slice, Some, expand, module_at, parse
 from actdump.errors import AddressError
@@ -82,10 +83,7 @@ def test_what_is_no_address_is_refused_with_the_place_and_the_remedy(text, compl
 class Node:
     """All that an address needs of a module."""
 
-    children: dict = field(default_factory=dict)
-
-    def named_children(self):
-        return iter(self.children.items())
+    _modules: dict = field(default_factory=dict)
 
 
 def tree():
@@ -121,9 +119,27 @@ def test_a_resolved_address_leads_to_its_module():
     (address,) = expand(parse("transformer.h[-3].output.dense.input"), root)
     assert (
         module_at(address, root)
-        is root.children["transformer"].children["h"].children["9"].children["output"].children["dense"]
+        is root._modules["transformer"]._modules["h"]._modules["9"]._modules["output"]._modules["dense"]
     )
     assert module_at(parse("output"), root) is root
+
+
+def test_a_module_that_stands_twice_in_a_list_is_counted_twice():
+    act = nn.ReLU()
+    root = nn.ModuleDict({"h": nn.Sequential(nn.Linear(2, 2), act, nn.Linear(2, 2), act, nn.Linear(2, 2))})
+    for number in range(-5, 5):
+        (address,) = expand(parse(f"h[{number}].output"), root)
+        assert module_at(address, root) is root["h"][number]
+        assert str(address) == f"h[{number % 5}].output"
+    assert [module_at(address, root) for address in expand(parse("h[*].output"), root)] == list(root["h"])
+
+
+def test_numbers_that_do_not_count_from_0_are_names():
+    root = nn.ModuleDict({"h": nn.ModuleDict({"4": nn.ReLU(), "8": nn.Linear(2, 2)})})
+    for address, module in zip(expand(parse("h.*.output"), root), root["h"].values(), strict=True):
+        assert module_at(parse(str(address)), root) is module
+    with pytest.raises(AddressError, match="is not a list"):
+        expand(parse("h[0].output"), root)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from actdump.address import PORTS, Address, Child, Nth, Step, Tree, expand, module_at, path_text
+from actdump.address import PORTS, Address, Child, Nth, Step, Tree, children, expand, module_at, path_text
 from actdump.errors import AddressError, TraceError, UsageError
 from actdump.tracing.tracer import Traced, Tracer, work
 from actdump.tracing.values import Proxy, out_of_scope
@@ -38,7 +38,7 @@ class Reference:
         if name.startswith("__") or name == "_actdump":
             raise AttributeError(name)
         traced, steps, module = self._actdump
-        child = name in dict(module.named_children())
+        child = name in children(module)
         if name in PORTS and traced.open is not None:
             return Proxy(traced.open, steps, (Child(name),))
         if name in PORTS and not child:
