@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from needs import need_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_values import CASES, random_ids
@@ -375,6 +376,15 @@ def test_every_kind_of_value_is_compared_and_a_change_in_it_seen(name, tmp_path)
     assert "it: prompt 2 (`p2`), " in audited(tmp_path / "out", code=65)
 
 
+def two_scores(vector, *scores):
+    """Two rows whose products with a vector are these, times its norm: as nearly as rows that differ much can be made to have them."""
+    along = vector / vector.norm()
+    across = 10 * torch.randn(64, 2, 16, generator=torch.Generator().manual_seed(0))
+    rows = across - (across @ along)[..., None] * along + along * torch.tensor(scores)[:, None]
+    gaps = ((rows[:, 0] - rows[:, 1]).double() @ vector.double() - (scores[0] - scores[1]) * vector.double().norm()).abs()
+    return rows[gaps.argmin()]
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_flipped_router_is_told_from_a_fault_by_whether_the_model_flips_too(tied, tmp_path, monkeypatch):
     """Where a token gives two experts the same score, the other choice is unstable; where it does not, it is wrong."""
@@ -389,9 +399,7 @@ def test_a_flipped_router_is_told_from_a_fault_by_whether_the_model_flips_too(ti
         with torch.no_grad():
             module(input_ids=torch.tensor([ids]))
             handle.remove()
-            along = seen[0] / seen[0].norm()
-            across = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
-            gate.weight[:2] = across - (across @ along)[:, None] * along + along * torch.tensor([[3.0], [3.0 if tied else 2.9]])
+            gate.weight[:2] = two_scores(seen[0], 3.0, 3.0 if tied else 2.9)
             gate.weight[2:] = 0.0
             handle = gate.register_forward_hook(lambda _, __, result: chosen.append(result[2][2].clone()))
             module(input_ids=torch.tensor([ids]))
@@ -411,6 +419,42 @@ def test_a_flipped_router_is_told_from_a_fault_by_whether_the_model_flips_too(ti
         assert (tap["unstable"], tap["wrong"], tap["worst"]) == (1, 0, 1.0)
     else:
         assert "chosen: prompt 0 (`p0`), token 2 of 9: " in audited(tmp_path / "out", code=65)
+
+
+def test_a_model_that_cannot_be_asked_for_its_hidden_states_is_audited_without(tmp_path, monkeypatch):
+    load = models.load
+
+    def blunt(source):
+        module = load(source)
+        forward = module.forward
+        module.forward = lambda input_ids, attention_mask=None: forward(input_ids=input_ids, attention_mask=attention_mask)
+        return module
+
+    monkeypatch.setattr(models, "load", blunt)
+    (tap,) = job.run(spec(save=["transformer.h[1].output"]), tmp_path / "out").manifest.audit["taps"]
+    assert (tap["wrong"], tap["witnessed"]) == (0, False)
+
+
+@pytest.mark.parametrize("block", [14, 24])
+def test_in_bfloat16_a_tap_that_is_off_by_a_tenth_everywhere_is_wrong(block, tmp_path):
+    """The model itself moves that far at some tokens when its rounding is disturbed, and at none as a rule."""
+    model = {"name": str(need_model("SmolLM2-135M-Instruct"))}
+    rows = [
+        {"text": text}
+        for text in (
+            "The Eiffel Tower is in the city of Paris, where it was built.",
+            "A tap is a named place in it, once more.",
+        )
+    ]
+    out = tmp_path / "out"
+    job.run(Spec.model_validate({"model": model, "prompts": rows, "save": {"h": f"model.layers[{block}].output"}}), out)
+    assert audited(out)
+
+    def larger(tensors):
+        tensors["h"] = (tensors["h"] * 1.1).to(tensors["h"].dtype)
+
+    rewritten(out, larger)
+    assert "h: prompt 0 (`0`), token " in audited(out, code=65)
 
 
 @pytest.mark.parametrize(

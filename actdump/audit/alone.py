@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from inspect import Parameter, signature
 from typing import Any, cast
 
 import torch
@@ -80,7 +81,7 @@ def _path(steps: Sequence[Step], model: nn.Module) -> str:
     """A module path as `get_submodule` takes it, numbers counted from the start."""
     path: list[str] = []
     for step in steps:
-        names = [name for name, _ in model.get_submodule(".".join(path)).named_children()]
+        names = [name for name, child in model.get_submodule(".".join(path))._modules.items() if child is not None]
         match step:
             case Child(name):
                 path.append(name)
@@ -175,7 +176,7 @@ def run(
     Raises:
         DataError: a place does not hold what its column says.
     """
-    kept = _forward(model, places, ids, _Kept(places, witness), noise)
+    kept = _forward(model, places, ids, _Kept(places, witness and _tells_states(model)), noise)
     found = [_follow(place, calls) for place, calls in zip(places, kept.calls, strict=True)]
     values = [_as_stored(place, value, index, len(ids)) for place, (value, index) in zip(places, found, strict=True)]
     return Alone(values, [value.dtype for value, _ in found], [kept.blocks(value) for value, _ in found])
@@ -197,6 +198,12 @@ def _forward(model: nn.Module, places: Sequence[Place], ids: Sequence[int], kept
             stack.callback(_hooked(getattr(model, "base_model", model), "output", kept.returned).remove)
         model(input_ids=torch.tensor([list(ids)], device=device), **options)
     return kept
+
+
+def _tells_states(model: nn.Module) -> bool:
+    """Whether a forward can be asked for its hidden states: remote code may not know the word."""
+    taken = signature(model.forward).parameters.values()
+    return any(each.name == "output_hidden_states" or each.kind is Parameter.VAR_KEYWORD for each in taken)
 
 
 def _hooked(module: nn.Module, port: Port, seen: Callable[[Any], None]) -> Any:
@@ -255,6 +262,11 @@ def _disturbed(model: nn.Module, noise: Noise) -> Iterator[None]:
 def _follow(place: Place, calls: Sequence[Any]) -> tuple[Tensor, list[Item]]:
     """The tensor at an address, on the CPU, and the items that index it. A bare tensor counts as a tuple of one."""
     items = list(place.address.items)
+    if place.column.call is None and len(calls) > 1:
+        raise DataError(
+            f"{place.column.name}: its module ran more than once when a prompt ran alone, and once in the probe; say which call, "
+            "with `call: 0`"
+        )
     try:
         held = calls[place.column.call or 0]
         if place.address.port in ("input", "output"):

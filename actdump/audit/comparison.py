@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import inf
 from time import monotonic
 from typing import Any
 
@@ -21,6 +22,7 @@ from actdump.reader import Dump, Values
 # it. The larger ones are for steps, as a router's, that small noise may miss.
 SCALES = (1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 4.0, 4.0)
 FACTOR = 2.0
+FEW = 8  # tokens whose median says nothing
 MOST = 8  # faults that are told in full
 
 
@@ -140,8 +142,8 @@ def _compare(
             doubtful[at] = found
         if witness:
             _hear(tally, plain.witnesses[at])
-    for at, spread in _movement(model, places, ids, plain, doubtful).items():
-        _class(dump, tallies[at], number, len(ids), doubtful[at], spread)
+    for at, moves in _movement(model, places, ids, plain, doubtful).items():
+        _class(dump, tallies[at], number, len(ids), doubtful[at], moves)
 
 
 def _hear(tally: _Tallying, witnesses: Sequence[int]) -> None:
@@ -157,26 +159,46 @@ def _hear(tally: _Tallying, witnesses: Sequence[int]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Movement:
+    """How far the model itself moves each token of a tap when its rounding is disturbed.
+
+    Attributes:
+        most: the farthest that each was seen to move.
+        usual: the median over the tokens at the smallest disturbance; it tells nothing of integers, most of which stay as they are.
+    """
+
+    most: Tensor
+    usual: float
+
+    def explains(self, found: Tensor) -> Tensor:
+        """The tokens whose errors it explains. None, where the tokens are off as a whole and not here and there."""
+        whole = len(found) >= FEW and float(found.median()) > FACTOR * self.usual
+        return torch.zeros_like(found, dtype=torch.bool) if whole else found <= FACTOR * self.most
+
+
 def _movement(
     model: nn.Module, places: Sequence[Place], ids: Sequence[int], plain: Alone, doubtful: Mapping[int, Tensor]
-) -> dict[int, Tensor]:
-    """How far the model itself moves each token of the doubtful taps when its rounding is disturbed, until that explains them."""
-    spread = {at: torch.zeros_like(found) for at, found in doubtful.items()}
+) -> dict[int, _Movement]:
+    """How far the model itself moves each token of the doubtful taps, until that explains them."""
+    moves: dict[int, _Movement] = {}
     for seed, scale in enumerate(SCALES):
-        if all(_explained(found, spread[at]).all() for at, found in doubtful.items()):
+        if all(at in moves and moves[at].explains(found).all() for at, found in doubtful.items()):
             break
         moved = alone.run(model, places, ids, noise=Noise(seed, scale))
         for at in doubtful:
-            spread[at] = torch.maximum(spread[at], errors(moved.values[at], plain.values[at], places[at].rows))
-    return spread
+            value = moved.values[at]
+            seen = errors(value, plain.values[at], places[at].rows)
+            usual = float(seen.median()) if value.is_floating_point() else inf
+            before = moves.get(at, _Movement(seen, usual))
+            moves[at] = _Movement(
+                torch.maximum(before.most, seen), max(before.usual, usual) if scale == SCALES[0] else before.usual
+            )
+    return moves
 
 
-def _explained(found: Tensor, spread: Tensor) -> Tensor:
-    return found <= FACTOR * spread
-
-
-def _class(dump: Dump, tally: _Tallying, number: int, tokens: int, found: Tensor, spread: Tensor) -> None:
-    wrong = (found > tally.limit) & ~_explained(found, spread)
+def _class(dump: Dump, tally: _Tallying, number: int, tokens: int, found: Tensor, moves: _Movement) -> None:
+    wrong = (found > tally.limit) & ~moves.explains(found)
     tally.unstable += int(((found > tally.limit) & ~wrong).sum())
     if not wrong.any():
         return
@@ -186,5 +208,5 @@ def _class(dump: Dump, tally: _Tallying, number: int, tokens: int, found: Tensor
     tally.faults.append(
         f"{tally.place.column.name}: prompt {number} (`{dump.prompts[number].id}`), {tally.place.words(row, tokens)}: off by "
         f"{found[row]:.2g} of its size from the prompt run alone, where {tally.limit:.2g} is allowed and the model itself moves "
-        f"by {spread[row]:.2g}{others}"
+        f"by {moves.most[row]:.2g} (its tokens at the median by {moves.usual:.2g}){others}"
     )
