@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModel
 from zoo import VOCABULARY, Ladder, Step, Toy, build
 
 from actdump.address import Slice, parse
@@ -444,6 +445,9 @@ FAULTS = {
     "order": (toy_taking(lambda hidden: hidden.flip(0)), "layers[0].output", {}, "`batch: {prompts: 1}` runs every prompt alone"),
     "tokens ahead": (toy_taking(lambda hidden: hidden.flip(1)), "layers[0].output", {}, "is not the value of the prompt run alone"),
     "no token axis": (lambda: build("bert"), "pooler.output", {"tokens": "last"}, "it has no token axis to select from: (batch, 16)"),
+    "a query picked, a key selected": (lambda: build("llama", "eager"), "model.layers[0].self_attn.output[1][:, :, -1]",
+                                       {"tokens": "last"}, "picks a position on one token axis and `tokens` would select on another"),
+    "mean of integers": (lambda: build("olmoe"), "model.layers[0].mlp.gate.output[2]", {"tokens": "mean"}, "int64, which has no mean"),
     "sliced twice": (Ladder, "layers[0].output[0][:, 1:]", {"tokens": "last"}, "the address slices the tokens already"),
     "integers": (Ladder, "embed.input", {"dtype": "float16"}, "it is int64; `dtype` is for floating point numbers"),
     "complex": (toy_taking(lambda hidden: hidden.to(torch.complex64)), "layers[0].output", {}, "which safetensors files cannot hold"),
@@ -463,6 +467,20 @@ def test_a_tap_that_cannot_be_captured_is_a_fault_before_any_work(name):
     assert re.search(re.escape(reason), str(fault))
     with pytest.raises(AddressError, match=re.escape(str(fault))):
         _ = found.sites
+
+
+def test_a_model_that_replaces_its_modules_in_a_forward_is_refused():
+    """BigBird does at its first short prompt, for good: its long prompts are not computed as they would be alone."""
+    sizes = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "intermediate_size": 24,
+        "vocab_size": VOCABULARY,
+    }
+    model = AutoModel.from_config(AutoConfig.for_model("big_bird", attention_type="block_sparse", block_size=4, **sizes)).eval()
+    with pytest.raises(UsageError, match=r"^BigBirdModel replaces modules of its own in a forward \(`encoder.*original_full"):
+        probed(model, [tap("encoder.layer[0].output")])
 
 
 def test_a_fault_leaves_the_other_sites_alone():

@@ -5,35 +5,28 @@ dropped. The probe makes this so: it sends tiny inputs of two shapes through the
 gave, which labels every axis; then it shows, on values, that a prompt cut out of a padded batch is the prompt run alone.
 """
 
-from actdump.engine.axes import Fault, dtype_name
-from actdump.engine.capture import Sink, capture, evened, stream
-from actdump.engine.hooks import copied, described
+from actdump.engine.axes import Fault
+from actdump.engine.capture import capture, evened, stream
 from actdump.engine.measure import Measured
 from actdump.engine.outline import outline
 from actdump.engine.padded import Padded, positions
-from actdump.engine.probe import Probe, probe
+from actdump.engine.probe import probe
 from actdump.engine.rows import Rows
-from actdump.engine.site import Axis, Feed, Site, bind, feed_for
+from actdump.engine.site import Feed, Site, bind, feed_for
 from actdump.engine.twin import breaking_off, twin
 from actdump.engine.whole import capture_whole
 
 __all__ = [
-    "Axis",
     "Fault",
     "Feed",
     "Measured",
     "Padded",
-    "Probe",
     "Rows",
-    "Sink",
     "Site",
     "bind",
     "breaking_off",
     "capture",
     "capture_whole",
-    "copied",
-    "described",
-    "dtype_name",
     "evened",
     "feed_for",
     "outline",

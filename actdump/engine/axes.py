@@ -53,9 +53,24 @@ def labelled(site: Site, tokens: Selection | None, dtype: str | None, alone: lis
         if site.tap.tokens not in (None, "all") and bound.token_axis is None:
             raise Unfit(f"it has no token axis to select from: {shape_text(axes)}")
         bound = replace(bound, tap=tap)
+        _check_selection(bound, value.dtype)
         return replace(bound, layout=Layout(_selected_dims(bound), _storage(value.dtype, tap.dtype, dtype)))
     except Unfit as reason:
         return Fault(site.tap, str(reason))
+
+
+def _check_selection(site: Site, computed: torch.dtype) -> None:
+    """Refuse a selection of tokens that cannot be made, or could mean two things."""
+    if site.token_axis is None or site.selection == "all":
+        return
+    axes = cast(tuple[Axis, ...], site.axes)
+    if sum(axis.token for axis in axes) > sum(isinstance(dim, Slice) for dim in site.shape):
+        raise Unfit(
+            f"its address picks a position on one token axis and `tokens` would select on another: {shape_text(axes)}; write both "
+            "into the address, or neither (`tokens: all`)"
+        )
+    if site.selection == "mean" and not computed.is_floating_point:
+        raise Unfit(f"it is {dtype_name(computed)}, which has no mean; use another selection of `tokens` for it")
 
 
 @cache

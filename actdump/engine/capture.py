@@ -97,7 +97,6 @@ class _Catch:
         self.calls = [0] * len(sites)
         self.rows: list[Rows | None] = [None] * len(sites)
         self.missing = set(range(len(sites)))
-        self.side: torch.cuda.Stream | None = None
 
     def seen(self, place: int, held: Any) -> None:
         site, call = self.sites[place], self.calls[place]
@@ -130,22 +129,11 @@ class _Catch:
 
     def _land(self, rows: Rows) -> None:
         """Bring rows and figures from the device to the CPU."""
-        rows.values = self._landed(rows.values)
+        device = rows.values.device
+        rows.values = _landed(rows.values)
         if rows.measured is not None:
-            rows.measured = rows.measured.moved(self._landed)
-        rows.ready = self.side.record_event() if self.side else None
-
-    def _landed(self, values: Tensor) -> Tensor:
-        if values.device.type != "cuda":
-            return values.cpu()
-        if self.side is None:
-            self.side = _side_stream(values.device)
-        self.side.wait_stream(torch.cuda.current_stream(values.device))
-        with torch.cuda.stream(self.side):
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            host.copy_(values, non_blocking=True)
-        values.record_stream(self.side)
-        return host
+            rows.measured = rows.measured.moved(_landed)
+        rows.ready = _side_stream(device).record_event() if device.type == "cuda" else None
 
     def check(self) -> None:
         """Raises:
@@ -157,10 +145,23 @@ class _Catch:
 
 def _narrower(rows: Tensor, computed: Tensor) -> bool:
     """Whether a cast could have made finite values infinite."""
-    return rows.dtype != computed.dtype and torch.finfo(rows.dtype).max < torch.finfo(computed.dtype).max
+    return torch.finfo(rows.dtype).max < torch.finfo(computed.dtype).max
 
 
-_SIDES: dict[torch.device, "torch.cuda.Stream"] = {}
+def _landed(values: Tensor) -> Tensor:
+    """The same values on the CPU; from CUDA they are there when what was begun on the device's side stream is done."""
+    if values.device.type != "cuda":
+        return values.cpu()
+    side = _side_stream(values.device)
+    side.wait_stream(torch.cuda.current_stream(values.device))
+    with torch.cuda.stream(side):
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+    values.record_stream(side)
+    return host
+
+
+_SIDES: dict[torch.device, "torch.cuda.Stream"] = {}  # a model may stand on several devices
 
 
 def _side_stream(device: torch.device) -> "torch.cuda.Stream":

@@ -12,7 +12,7 @@ from actdump.engine.axes import ALONE, TOGETHER, Fault, labelled
 from actdump.engine.hooks import Unfit, read, which_call
 from actdump.engine.site import Axis, Feed, Site, cut_out, fits
 from actdump.engine.tiny import ROW, observe, outputs, probe_ids
-from actdump.errors import AddressError
+from actdump.errors import AddressError, UsageError
 from actdump.plan import Layout
 from actdump.tap import Selection
 
@@ -69,8 +69,26 @@ def probe(
         dtype: the storage type of taps that name none and hold floating point numbers.
 
     Raises:
-        UsageError: the model does not run on token ids alone.
+        UsageError: the model does not run on token ids alone, or replaces modules of its own in a forward.
     """
+    before = _modules(model)
+    found = _probe(model, sites, feed, tokens, dtype, apart)
+    if replaced := [path for path, module in _modules(model).items() if before.get(path) is not module]:
+        raise UsageError(
+            f"{type(model).__name__} replaces modules of its own in a forward (`{replaced[0]}`), so that what it computes for a "
+            "prompt hangs on the prompts before it; change its config so that it stays as it is, as BigBird does with "
+            "`attention_type: original_full`"
+        )
+    return found
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def _probe(
+    model: nn.Module, sites: Sequence[Site], feed: Feed, tokens: Selection | None, dtype: str | None, apart: bool
+) -> Probe:
     ids = probe_ids(feed)
     together = ids["together"]
     alone = observe(model, sites, feed, ids["alone"])

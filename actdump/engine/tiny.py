@@ -61,6 +61,11 @@ def observe(
             pass
         except ActdumpError:
             raise
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise ActdumpError(
+                f"out of memory in a forward of {ids.numel()} tokens: {error}; use a narrower `model.dtype`, "
+                "`device_map: auto`, or `device: cpu`"
+            ) from error
         except Exception as error:  # a model's code can raise anything; it is told in full, and chained
             raise UsageError(
                 f"{type(model).__name__} does not run on token ids alone: {type(error).__name__}: {error}"

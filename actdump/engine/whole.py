@@ -19,7 +19,8 @@ def capture_whole(
 ) -> tuple[list[Any], list[int]]:
     """Run one forward on the model's own arguments, and keep the values whole, as they are, with every axis.
 
-    The forward ends early where the number of calls of every site is known; otherwise it runs to its end, to count them.
+    The forward ends early where the number of calls of every site is known; otherwise it runs to its end, to count them. So it
+    does for a call that is counted from the last: another input may have more.
 
     Returns:
         For each site its value (a structure, where the address stops at one), and how often its module ran.
@@ -29,7 +30,7 @@ def capture_whole(
     """
     kept: list[dict[int, Any]] = [{} for _ in sites]
     calls = [0] * len(sites)
-    known = all(site.calls is not None for site in sites)
+    known = all(site.calls is not None and (site.tap.call or 0) >= 0 for site in sites)
     wanted = [_wanted_call(site) if known else None for site in sites]
 
     def seen(place: int, held: Any) -> None:
