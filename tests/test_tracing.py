@@ -19,6 +19,7 @@ from transformers import (
     BertModel,
     BloomConfig,
     BloomModel,
+    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -402,6 +403,32 @@ def test_the_models_own_arguments_run_as_they_are(model, gpt2, tokenizer):
     with model.trace(ids):
         batch = model.transformer.h[-1].output[0].save()
     same(batch.value, own_oracle(gpt2, "transformer.h.2", input_ids=ids)[0][2])
+
+
+def test_the_last_call_is_the_last_of_this_forward():
+    module, seen = BertModel(BertConfig(**SMALL, num_hidden_layers=1, chunk_size_feed_forward=4)).eval(), []
+    model = wrap(module)
+    module.encoder.layer[0].intermediate.register_forward_hook(lambda _, __, result: seen.append(result.clone()))
+    for tokens in (8, 16, 8):
+        ids = list(range(1, tokens + 1))
+        with model.trace(ids):
+            last = model.encoder.layer[0].intermediate.output.save(call=-1)
+        calls, seen[:] = list(seen), []
+        assert len(calls) == tokens // 4
+        assert torch.equal(last, calls[-1])
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # transformers' of its own code
+def test_a_cache_that_is_passed_is_filled_in_every_layer():
+    module = build("llama")
+    model, cache = wrap(module), DynamicCache(config=module.config)
+    for token in range(3):
+        with model.trace(input_ids=torch.tensor([[token + 1]]), past_key_values=cache, use_cache=True):
+            first = model.layers[0].output.save()
+        assert [cache.get_seq_length(layer) for layer in range(module.config.num_hidden_layers)] == [token + 1] * 2
+    with torch.no_grad():
+        expected = module(input_ids=torch.tensor([[1, 2, 3]]), output_hidden_states=True).hidden_states[1][:, -1:]
+    assert torch.allclose(first, expected, atol=1e-6)
 
 
 def test_any_module_takes_positional_arguments():

@@ -42,6 +42,7 @@ class _Forward:
     """The arguments of one forward. Forwards of one kind are taken to run the same modules equally often.
 
     Attributes:
+        kind: `None` where the forward is to run to its end, because it may write into its arguments, such as a cache.
         state: what the model gets back after a prompt; its own arguments may change it for good.
     """
 
@@ -63,30 +64,32 @@ def work(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Forw
         given = {"input_ids": given}
     if isinstance(given, Mapping) and len(args) == 1:
         return _own((), {**given, **kwargs})
-    texts = isinstance(given, str) or (isinstance(given, list) and any(isinstance(entry, str) for entry in given))
+    texts = isinstance(given, str) or (isinstance(given, list | tuple) and any(isinstance(entry, str) for entry in given))
     if not texts and not (takes_ids and isinstance(given, list | Tensor)):
         return _own(args, kwargs)
     if len(args) > 1 or kwargs:
         raise UsageError("prompts stand alone in trace; to pass further arguments, pass all of them: `input_ids=…`, …")
-    if isinstance(given, list) and not all(isinstance(entry, int) for entry in given):
-        return [_ids(traced, prompt, f"prompt {number}") for number, prompt in enumerate(given)]
-    ids = torch.tensor([_ids(traced, given, "the prompt")])
+    if not takes_ids and traced.tokenizer is None:
+        raise UsageError("the model takes no token ids and has no tokenizer, so it cannot be run on text")
     feed = _feed(traced)
+    if isinstance(given, list | tuple) and not all(isinstance(entry, int) for entry in given):
+        return [_ids(traced, feed, prompt, f"prompt {number}") for number, prompt in enumerate(given)]
+    ids = torch.tensor([_ids(traced, feed, given, "the prompt")])
     return _Forward((), feed.arguments(ids, None), "prompt", feed.state)
 
 
 def _own(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Forward:
-    return _Forward(args, kwargs, tuple((name, _likeness(value)) for name, value in [*enumerate(args), *kwargs.items()]))
+    given = [*enumerate(args), *kwargs.items()]
+    plain = all(isinstance(value, Tensor | int | float | str | None) for _, value in given)
+    return _Forward(args, kwargs, tuple((name, _likeness(value)) for name, value in given) if plain else None)
 
 
 def _likeness(value: object) -> object:
     """What of an argument is taken to decide which modules run, and how often."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape)
-    return value if isinstance(value, int | float | str | None) else type(value)
+    return tuple(value.shape) if isinstance(value, Tensor) else value
 
 
-def _ids(traced: Traced, prompt: Any, which: str) -> Sequence[int]:
+def _ids(traced: Traced, feed: Feed, prompt: Any, which: str) -> Sequence[int]:
     if isinstance(prompt, str) and prompt:
         if traced.tokenizer is None:
             raise UsageError(f"{which} is a string, but the model has no tokenizer: pass token ids, or wrap(module, tokenizer)")
@@ -96,8 +99,8 @@ def _ids(traced: Traced, prompt: Any, which: str) -> Sequence[int]:
         raise UsageError(f"{which} is empty; a model needs at least one token")
     if not isinstance(ids, list | tuple) or not all(isinstance(entry, int) for entry in ids):
         raise UsageError(f"{which} is neither a string nor token ids: {prompt!r}")
-    if not 0 <= min(ids) <= max(ids) < (vocabulary := _feed(traced).vocabulary):
-        raise UsageError(f"{which} has a token id outside the vocabulary, which is 0 to {vocabulary - 1}")
+    if not 0 <= min(ids) <= max(ids) < feed.vocabulary:
+        raise UsageError(f"{which} has a token id outside the vocabulary, which is 0 to {feed.vocabulary - 1}")
     return ids
 
 
@@ -144,7 +147,8 @@ def _run_whole(traced: Traced, forward: _Forward, taps: Sequence[Tap]) -> list[A
     """The values as the modules hold them, of one forward."""
     sites = bind(traced.module, taps)
     keys = [(tap.address.module, forward.kind) for tap in taps]
-    counted = [replace(site, calls=traced.calls.get(key)) for site, key in zip(sites, keys, strict=True)]
+    known = traced.calls if forward.kind is not None else {}
+    counted = [replace(site, calls=known.get(key)) for site, key in zip(sites, keys, strict=True)]
     try:
         kept, calls = capture_whole(traced.module, counted, forward.args, forward.kwargs)
     finally:
