@@ -115,6 +115,30 @@ def test_the_dtype_of_the_weights(tmp_path: Path, dtype: str) -> None:
     assert asked.dtype == next(model.load(asked).parameters()).dtype == getattr(torch, dtype)
 
 
+def test_the_dtype_that_no_config_names_is_that_of_the_weights(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=100)).to(torch.float16).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = model.find(ModelSpec(name=str(tmp_path)))
+    assert found.dtype == next(model.load(found).parameters()).dtype == torch.float16
+    assert model.find(ModelSpec(config=str(tmp_path))).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["roberta", "mpnet", "bert", "llama"])
+def test_the_most_tokens_are_those_that_the_model_runs_on(kind: str) -> None:
+    """In RoBERTa and those after it, positions begin after that of padding."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 50}
+    config = {"model_type": kind, **sizes, "max_position_embeddings": 20, "pad_token_id": 1}
+    source = model.find(ModelSpec(config=config))
+    assert source.positions == (18 if kind in ("roberta", "mpnet") else 20)
+    module = model.load(source)
+    module(input_ids=torch.full((1, source.positions), 5))
+    if kind != "llama":
+        with pytest.raises((IndexError, RuntimeError)):
+            module(input_ids=torch.full((1, source.positions + 1), 5))
+
+
 def test_the_config_of_a_folder_with_random_weights(tmp_path: Path) -> None:
     GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=100).save_pretrained(tmp_path)
     loaded = model.load(model.find(ModelSpec(config=str(tmp_path))))

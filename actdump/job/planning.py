@@ -167,7 +167,7 @@ def facts_of(spec: Spec, bound: Bound, hashes: Mapping[str, str], taken: Mapping
             "name": spec.model.source or str(config.model_type),
             "commit": bound.source.commit,
             "class": type(bound.module).__name__,
-            "dtype": str(bound.source.dtype).removeprefix("torch."),
+            "dtype": str(bound.module.dtype).removeprefix("torch."),
             "attn_implementation": getattr(config, "_attn_implementation", None),
             "masked": bound.feed.masked,
         },

@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
-from actdump.errors import DataError, MissingError, UsageError, did_you_mean
+from actdump.errors import ActdumpError, DataError, MissingError, UsageError, did_you_mean
 from actdump.spec import ModelSpec
 
 
@@ -80,6 +81,11 @@ def wording(spec: ModelSpec) -> Iterator[None]:
         raise MissingError(
             f"model: `{name}` is neither a local folder nor found on the hub: {first_line(error)}"
             f"{did_you_mean(name, neighbours(name))}"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise ActdumpError(
+            f"model: `{name}` does not fit into the device's memory: {first_line(error)}; use a narrower `model.dtype`, "
+            "`device_map: auto`, or `device: cpu`"
         ) from error
     except (ValueError, TypeError, ImportError, KeyError, RuntimeError) as error:
         raise UsageError(f"model: `{name}` cannot be loaded: {first_line(error)}") from error

@@ -44,7 +44,10 @@ def load(source: Source) -> nn.Module:
         model = _random(source)
     else:
         model = _loaded(source)
-    return (model if spec.device_map is not None else model.to(device)).eval()
+    if spec.device_map is None:
+        with wording(spec):
+            model = model.to(device)
+    return model.eval()
 
 
 def _random(source: Source) -> nn.Module:
@@ -120,6 +123,7 @@ def avoid_faulty_amx() -> None:
         warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads: the child computes and ends
         child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # the threads of the parent's pool are not in the child, which would wait for them for ever
         ones = torch.ones(32, 64, dtype=torch.bfloat16)
         nn.functional.linear(ones, ones)
         os._exit(0)

@@ -3,11 +3,13 @@
 import re
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import getsource
 from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
 from transformers import MODEL_MAPPING, AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -15,6 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from actdump.errors import MissingError, SpecError, did_you_mean
 from actdump.model.hub import ask_once, first_line, hub_options, quiet, wording
 from actdump.spec import ModelSpec
+
+_FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as safetensors calls them
 
 
 @dataclass(frozen=True)
@@ -34,19 +38,41 @@ class Source:
         found = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", str(cached))
         return found[1] if found else None
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights: the spec's, or the checkpoint's."""
+        """The dtype of the weights: the spec's, the config's, or that of the checkpoint's first floating point weight."""
         named = self.config.dtype if self.spec.dtype == "auto" else self.spec.dtype
-        return named if isinstance(named, torch.dtype) else getattr(torch, named or "float32")
+        return named if isinstance(named, torch.dtype) else getattr(torch, named or self._stored_dtype() or "float32")
+
+    def _stored_dtype(self) -> str | None:
+        """What transformers takes where nothing names a dtype; `None` where the weights are not here yet, or are in no such file."""
+        if self.spec.config is not None or self.spec.gguf_file is not None:
+            return None
+        if (folder := self.spec.folder) is not None:
+            files = sorted(map(str, folder.glob("*.safetensors")))
+        else:
+            cached = try_to_load_from_cache(str(self.spec.source), "model.safetensors", revision=self.spec.revision)
+            files = [cached] if isinstance(cached, str) else []
+        for file in files:
+            with wording(self.spec), safe_open(file, framework="pt") as weights:
+                kinds = (weights.get_slice(name).get_dtype() for name in weights.keys())  # noqa: SIM118 # it is no mapping
+                if found := next((_FLOATS[kind] for kind in kinds if kind in _FLOATS), None):
+                    return found
+        return None
 
     @property
     def positions(self) -> int | None:
         """The most tokens that the model's position table or training allows, where its config tells."""
         for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
             if isinstance(limit := getattr(self.config, name, None), int) and limit > 0:
-                return limit
+                return limit - self._first_position
         return None
+
+    @property
+    def _first_position(self) -> int:
+        """Where the model's code begins to count: after the place of padding in models made after RoBERTa, which say so by a name."""
+        padding = getattr(self.config, "pad_token_id", None)
+        return padding + 1 if "create_position_ids_from_input_ids" in _code(self.config) and isinstance(padding, int) else 0
 
 
 def find(spec: ModelSpec) -> Source:
@@ -91,14 +117,20 @@ def _own_config(given: dict[str, Any]) -> Any:
 
 def _read_by_the_model(config: Any) -> set[str]:
     """What the model's code takes from its config; some of it no config class names, as `head_dim` of Qwen3-MoE."""
+    return set(
+        re.findall(r"""\bconfig(?:\.|, ")([a-z]\w*)""", _code(config))
+    )  # config.head_dim, getattr(config, "head_dim", …)
+
+
+def _code(config: Any) -> str:
+    """The source of the model that a config is for, where it is one of transformers' own."""
     model = MODEL_MAPPING.get(type(config), None)
-    code = "" if model is None else getsource(sys.modules[model.__module__])
-    return set(re.findall(r"""\bconfig(?:\.|, ")([a-z]\w*)""", code))  # config.head_dim, getattr(config, "head_dim", …)
+    return "" if model is None else getsource(sys.modules[model.__module__])
 
 
 def _default_task(config: Any) -> str:
     """Which Auto class: that of the architecture in the config, or the one usual for the model type."""
-    for architecture in config.architectures or ():
+    if architecture := next(iter(config.architectures or ()), None):
         if architecture.endswith(("ForCausalLM", "LMHeadModel")):
             return "causal-lm"
         return "masked-lm" if architecture.endswith("ForMaskedLM") else "base"

@@ -134,6 +134,8 @@ class ModelSpec(_Strict):
             raise ValueError("needs `name` (a hub id or a local folder) or `config` (random weights), and not both")
         if isinstance(self.config, dict) and not isinstance(self.config.get("model_type"), str):
             raise ValueError("config: needs `model_type`, such as gpt2 or llama")
+        if self.config is not None and self.device_map is not None:
+            raise ValueError("`device_map` spreads the weights of a checkpoint; for random weights (`config`) use `device`")
         return self
 
     @property
