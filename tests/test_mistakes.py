@@ -225,6 +225,42 @@ def test_a_wrong_override_is_named(override: str, words: list[str]) -> None:
     assert nothing_left()
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            GOOD + "tokenizer: {chat_template: {{ messages }}}\n",
+            ["spec.yaml:8: not YAML: a key that is a list or a mapping", "quoted"],
+        ),
+        (GOOD + "? [a, b]\n: 3\n", ["spec.yaml:8: not YAML: a key that is a list or a mapping"]),
+        (GOOD + "<<: 3\n", ["spec.yaml:8: not YAML: expected a mapping"]),
+        (GOOD + "dtype: 0b_\n", ["spec.yaml:8: dtype: `0b_` is not one of"]),
+        ("The tower\nin the city\n", ["spec.yaml:1: a spec is a mapping with model, prompts, save and output, not text"]),
+    ],
+)
+def test_yaml_that_is_none_of_ours(text: str, words: list[str]) -> None:
+    for more in ([], ["--limit", "2"], ["--set", "model.dtype=float32"]):
+        said = run(text, *more)
+        assert said.code == 2
+        for word in words:
+            assert word in said.err
+
+
+def test_an_override_with_a_strange_key() -> None:
+    said = run(GOOD, "--set", "tokenizer={chat_template: {{ messages }}}")
+    assert said.code == 2
+    assert "tokenizer.chat_template" in said.err
+
+
+def test_prompts_in_a_pipe() -> None:
+    os.mkfifo("pipe.txt")
+    said = run(GOOD, "--set", "prompts={file: pipe.txt}")
+    assert said.code == 2
+    assert "`pipe.txt` is a pipe or a device" in said.err
+    assert 'write `file: "-"`' in said.err
+    assert not Path("out").exists()
+
+
 def test_no_output() -> None:
     said = run(GOOD.replace("output: out\n", ""))
     assert said.code == 2

@@ -138,6 +138,13 @@ def test_the_environment_is_substituted(read, tmp_path: Path, monkeypatch: pytes
     assert spec.output == f"{tmp_path}/seven/x/${{RUN}}"
 
 
+def test_the_specs_folder_is_its_own_whatever_the_environment_says(
+    read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPEC_DIR", "/somewhere")
+    assert read(SHORT.replace("out/eiffel", "${SPEC_DIR}/out")).output == f"{tmp_path}/out"
+
+
 def test_an_empty_variable_takes_its_default(read, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUN", "")
     assert read(SHORT.replace("out/eiffel", "out/${RUN:-x}")).output == "out/x"

@@ -33,7 +33,7 @@ def load(path: Path, sets: Sequence[str] = ()) -> Spec:
         raise MissingError(f"{path} is a folder; a spec is a YAML file") from None
     except UnicodeDecodeError as error:
         raise SpecError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    document = _Document(str(path), {"SPEC_DIR": str(path.resolve().parent), **os.environ})
+    document = _Document(str(path), {**os.environ, "SPEC_DIR": str(path.resolve().parent)})
     document.read(text)
     for override in sets:
         document.set(override)
@@ -55,11 +55,15 @@ class _Document:
     def read(self, text: str) -> None:
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
+            self.data = {} if node is None else self._value(node, ())
         except yaml.MarkedYAMLError as error:
             raise SpecError(self._syntax(error, text)) from None
         except yaml.YAMLError as error:
             raise SpecError(f"{self.name}: not YAML: {error}") from None
-        self.data = {} if node is None else self._value(node, ())
+        if not isinstance(self.data, dict):
+            raise SpecError(
+                f"{self.name}:1: a spec is a mapping with model, prompts, save and output, not {kind_of(self.data)}"
+            )
 
     def _syntax(self, error: yaml.MarkedYAMLError, text: str) -> str:
         mark = error.problem_mark or error.context_mark
@@ -86,6 +90,10 @@ class _Document:
     def _mapping(self, node: yaml.MappingNode, where: Where) -> dict[str, Any]:
         seen: dict[str, int] = {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key that is a list or a mapping; text that begins with { or [ must be quoted", key.start_mark
+                )
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 self._mistake(
                     f"{self.name}:{key.start_mark.line + 1}", f"`{key.value}` is given twice, first on line {seen[key.value]}"
@@ -172,10 +180,6 @@ class _Document:
     def checked(self) -> Spec:
         """The spec, or all mistakes at once."""
         spec = None
-        if not isinstance(self.data, dict):
-            raise SpecError(
-                f"{self.name}:1: a spec is a mapping with model, prompts, save and output, not {kind_of(self.data)}"
-            )
         try:
             spec = Spec.model_validate(self.data)
         except ValidationError as error:
@@ -230,12 +234,15 @@ def _plain_scalar(text: str) -> Any:
     tag: str = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call] # its stubs say nothing
     if tag.endswith((":timestamp", ":merge", ":value")) or (":" in text and tag.endswith((":int", ":float"))):
         return text
-    return yaml.constructor.SafeConstructor().construct_object(yaml.ScalarNode(tag, text))
+    try:
+        return yaml.constructor.SafeConstructor().construct_object(yaml.ScalarNode(tag, text))
+    except ValueError:  # as `0b_`, which is a number by the rule for how one looks alone
+        return text
 
 
 def _data(node: Any) -> Any:
     if isinstance(node, yaml.MappingNode):
-        return {key.value: _data(entry) for key, entry in node.value}
+        return {key.value if isinstance(key, yaml.ScalarNode) else str(_data(key)): _data(entry) for key, entry in node.value}
     if isinstance(node, yaml.SequenceNode):
         return [_data(entry) for entry in node.value]
     if node is None:

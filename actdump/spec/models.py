@@ -19,7 +19,6 @@ from actdump.address import parse
 from actdump.errors import AddressError, MissingError
 from actdump.tap import Selection, Tap, parse_selection
 
-FLOATS = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 StorageType = Literal["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
 
 
