@@ -130,6 +130,7 @@ def run(
     signals = StopSignals()
     with _quitting(stopped, log_json, None if dry_run else signals):
         from actdump import dependencies
+        from actdump.format import Folder
         from actdump.worker import which
 
         this = which(worker, os.environ)
@@ -145,10 +146,11 @@ def run(
                 _show_forecast(loaded, root, as_json, quiet)
             else:
                 files = dependencies.of(loaded, spec, time)
+                rules = files.rules(Folder(root).manifest) if depfile is not None else b""
                 manifest = _run(loaded, root, overwrite, repair, this, signals, as_json, quiet)
                 files.date(manifest)
                 if depfile is not None:
-                    files.write(depfile, manifest)
+                    dependencies.write(depfile, rules)
 
 
 def _run(
@@ -272,7 +274,7 @@ def show(out: Folder, as_json: Json = False) -> None:
 
         dump = reader.open_dump(out)
         if as_json:
-            typer.echo(dump.folder.manifest.read_text(), nl=False)
+            typer.echo(dump.folder.manifest.read_text(encoding="utf-8"), nl=False)
             return
         views.show(views.facts_table(views.manifest_facts(dump.manifest)))
         console.out.print()
@@ -364,8 +366,9 @@ def sbatch(
         if loaded.prompts.file == "-":
             raise UsageError(f"{spec}: prompts on standard input do not reach a job; put them into a file")
         options = {"--output": output, "--limit": limit}
+        program = Path(sys.argv[0]).absolute()
         command = [
-            str(Path(sys.argv[0]).absolute()), "run", str(spec),
+            *([sys.executable, "-m", "actdump"] if program.name == "__main__.py" else [str(program)]), "run", str(spec),
             *(word for name, value in options.items() if value is not None for word in (name, str(value))),
             *(word for each in sets or () for word in ("--set", each)),
             *["--log-json"] * log_json,

@@ -37,22 +37,29 @@ class Dependencies:
         except OSError as error:
             log.warning("%s: its time cannot be set, so make will ask again: %s", target, error.strerror)
 
-    def write(self, path: Path, target: Path) -> None:
-        """Write the target's rule in make's syntax, unless the file holds it already.
+    def rules(self, target: Path) -> bytes:
+        """The target's rule in make's syntax.
 
         After it comes a rule without a recipe for each file, so that one that is gone makes make ask, and is no error.
 
         Raises:
-            StorageError: the file cannot be written.
             UsageError: make has no way to write a name.
         """
         files = " ".join(map(escaped, self.times))
         rules = f"{as_target(target)}: {files}\n" + "".join(f"\n{as_target(file)}:\n" for file in self.times)
-        content = os.fsencode(rules)
-        if not path.is_file() or path.read_bytes() != content:
-            with store.storage(path.parent, "made"):
-                path.parent.mkdir(parents=True, exist_ok=True)
-            store.write_atomically(path, content)
+        return os.fsencode(rules)
+
+
+def write(path: Path, rules: bytes) -> None:
+    """Write rules for make into a file, unless it holds them already.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    if not path.is_file() or path.read_bytes() != rules:
+        with store.storage(path.parent, "made"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        store.write_atomically(path, rules)
 
 
 def of(spec: Spec, file: Path, time: int) -> Dependencies:

@@ -206,7 +206,7 @@ def test_make_understands_the_names_in_a_depfile(name):
     (file := folder / f"{name} prompts").touch()
     (target := folder / "manifest.json").touch()
     os.utime(file, (LONG_AGO, LONG_AGO))
-    dependencies.Dependencies({file: LONG_AGO}).write(Path("names.d"), target)
+    dependencies.write(Path("names.d"), dependencies.Dependencies({file: LONG_AGO}).rules(target))
     rule = f"all: {dependencies.escaped(target)}\n{dependencies.as_target(target)}:\n\t@echo MADE\n"
     Path("Makefile").write_text(rule + "include names.d\n")
     assert "MADE" not in make("-s").stdout

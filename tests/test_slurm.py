@@ -222,6 +222,13 @@ def test_the_command_hands_everything_on(desk, environment):
     assert f"\ncd -- {shlex.quote(str(desk))} || exit\n" in said.stdout
 
 
+def test_the_command_of_a_module_is_that_of_the_module(desk, environment):
+    words = [sys.executable, "-m", "actdump", "sbatch", "spec.yaml", "--time", "1"]
+    said = shell(*words, cwd=desk, environment=environment)
+    command = shlex.split(said.stdout.splitlines()[-1])
+    assert command[command.index("run") - 3 : command.index("run") + 1] == [sys.executable, "-m", "actdump", "run"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
