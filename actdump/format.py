@@ -30,7 +30,6 @@ CODES = {
 
 TOKENS = "tokens"
 OFFSETS = ".offsets"
-RESERVED = (TOKENS, "__metadata__")
 
 
 @dataclass(frozen=True)

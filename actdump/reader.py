@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from actdump.errors import DataError, MissingError, UsageError, did_you_mean
 from actdump.format import OFFSETS, TOKENS, Folder, Manifest, Shard, manifest_from_json
@@ -15,7 +15,6 @@ from actdump.plan import Column
 if TYPE_CHECKING:
     import torch
 
-T = TypeVar("T")
 KEPT = 16  # shards that stay mapped; each may be a gigabyte
 
 
@@ -40,7 +39,7 @@ def open_dump(path: str | Path) -> "Dump":
         raise MissingError(f"{path}: {unfinished} (there is no manifest.json)")
     try:
         return Dump(folder, manifest_from_json(json.loads(folder.manifest.read_bytes())))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{folder.manifest}: not a manifest: {error}") from None
     except DataError as error:
         raise DataError(f"{folder.manifest}: {error}") from None

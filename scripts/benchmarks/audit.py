@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 
-from actdump.spec import Spec
 from benchmarks.rounds import Figure, Goal, in_turns, times
 from benchmarks.running import Dumping, spec_of
-from benchmarks.setting import Setting, say
+from benchmarks.setting import Setting
 from benchmarks.subject import FOLDER, A, tokenizer
 from benchmarks.texts import mixed
 
@@ -14,9 +13,6 @@ PROMPTS = 2  # a run's default
 
 def measure(setting: Setting) -> Iterator[Figure]:
     """Task A with the audit and without."""
-    if "audit" not in Spec.model_fields:
-        say("a run has no audit yet, so this is not measured")
-        return
     prompts = mixed(tokenizer(), setting.some(512, 12))
     file, out = setting.saved(prompts), setting.scratch / "dump"
     for dtype in setting.dtypes:

@@ -24,9 +24,9 @@ def measure(setting: Setting) -> Iterator[Figure]:
     """Tokens per second, one choice after another, the rest as `auto` has it; and the share of the best that `auto` reaches."""
     prompts = mixed(tokenizer(), setting.some(512, 12))
     say(prompts.described())
-    auto = _auto_budget(setting, prompts)
     threads = torch.get_num_threads()
     for dtype in setting.dtypes:
+        auto = _auto_budget(setting, prompts, dtype)
         few = bare(load(dtype), FEW_BLOCKS)
         kernels = {kernel: bare(load(dtype, attn_implementation=kernel), FEW_BLOCKS) for kernel in ATTENTION}
         budgets = {budget: _forwards(few, prompts, budget) for budget in sorted({auto, *BUDGETS})}
@@ -39,9 +39,9 @@ def measure(setting: Setting) -> Iterator[Figure]:
         yield from _choice(setting, prompts, f"{dtype}, attention", "sdpa", attentions)
 
 
-def _auto_budget(setting: Setting, prompts: Prompts) -> int:
+def _auto_budget(setting: Setting, prompts: Prompts, dtype: str) -> int:
     """The batch budget that a run takes by itself."""
-    return job.forecast(spec_of(A, {"name": str(FOLDER)}, setting.saved(prompts))).plan.budget.tokens
+    return job.forecast(spec_of(A, {"name": str(FOLDER), "dtype": dtype}, setting.saved(prompts))).plan.budget.tokens
 
 
 def _forwards(base: nn.Module, prompts: Prompts, budget: int) -> Run:

@@ -63,15 +63,14 @@ def _timing(module: ModuleType, function: str, name: str, taken: dict[str, float
 
 
 def spec_of(task: Task, source: dict[str, Any], prompts: Path, **rest: Any) -> Spec:
-    """The spec that a user would write for a task. The audit is off where there is one, unless `rest` says otherwise."""
-    off = {"audit": 0} if "audit" in Spec.model_fields else {}
+    """The spec that a user would write for a task. The audit is off, unless `rest` says otherwise."""
     return Spec.model_validate({
         "model": source,
         "prompts": {"file": str(prompts)},
         "save": [f"model.layers[{layer}].output" for layer in task.layers],
         "tokens": task.tokens,
         "dtype": "bfloat16",
-        **off,
+        "audit": 0,
         **rest,
     })  # fmt: skip
 
