@@ -10,14 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from threading import Event
 
-from actdump.errors import DataError, MissingError
+from actdump.errors import DataError, MissingError, UsageError
 from actdump.spec import ModelSpec, Spec
 
 # What a model folder consists of; the rest (README, optimizer states, logs) decides no activation.
 _MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py", ".tiktoken")
 _NOT_MODEL = ("optimizer", "scheduler", "training_args", "trainer_state", "rng_state", "README")
 
-Stamps = Mapping[str, list[int]]  # size and modification time (ns) of each file, by the part that it plays
+Stamps = Mapping[str, list[int]]  # size and times (ns) of modification and of change of each file, by the part that it plays
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class Inputs:
 
     @cached_property
     def stamps(self) -> dict[str, list[int]]:
-        """Size and modification time of each, cheap to compare, as they were before any was read.
+        """Size and times of each, cheap to compare, as they were before any was read.
+
+        That of modification can be set to what it was, as unpacking does; that of change cannot.
 
         Raises:
             MissingError: a file is not there.
@@ -40,7 +42,7 @@ class Inputs:
             status = path.stat()
         except OSError as error:
             raise MissingError(f"{role.partition('/')[0]}: `{path}`: {error.strerror}") from None
-        return [status.st_size, status.st_mtime_ns]
+        return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
     @contextmanager
     def hashing(self) -> Iterator[Callable[[], dict[str, str]]]:
@@ -54,7 +56,7 @@ class Inputs:
 
         def hashes() -> dict[str, str]:
             digests = {role: future.result() for role, future in found.items()}
-            self._check_same()
+            self.check_same()
             return digests
 
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="actdump-hash") as threads:
@@ -64,7 +66,10 @@ class Inputs:
             finally:
                 ended.set()
 
-    def _check_same(self) -> None:
+    def check_same(self) -> None:
+        """Raises:
+        DataError: a file has changed since its stamp was taken.
+        """
         for role, path in self.files.items():
             if self._stamp(role, path) != self.stamps[role]:
                 raise DataError(f"{role.partition('/')[0]}: `{path}` changed while it was read; run again when it is complete")
@@ -119,6 +124,10 @@ def _prompt_file(name: str) -> Path:
         raise MissingError(f"prompts: `{name}` is a folder, not a file")
     if name != "-" and not path.exists():
         raise MissingError(f"prompts: there is no file `{name}`")
+    if name != "-" and not path.is_file():
+        raise UsageError(
+            f'prompts: `{name}` is a pipe or a device, which can be read only once; write `file: "-"` and pipe it in'
+        )
     return path
 
 

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import actdump
-from actdump import job, store
-from actdump.errors import ActdumpError, DataError, OccupiedError, Stopped, UsageError
-from actdump.job import capturing
+from actdump import inputs, job, store
+from actdump.errors import ActdumpError, DataError, OccupiedError, Stopped, StorageError, UsageError
+from actdump.job import capturing, loop
 from actdump.job.watching import Silent
 from actdump.spec import Spec, load
 
@@ -195,6 +195,38 @@ def test_overwrite_replaces_what_is_ours_and_nothing_else(finished, tmp_path):
     assert sorted(path.name for path in (root / "shards").iterdir()) == ["00000.json", "00000.safetensors", "notes.txt"]
 
 
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"repair": True}, {"overwrite": True, "repair": True}], ids=str)
+def test_files_of_others_with_our_names_are_left_alone(options, tmp_path):
+    """A `plan.json` is no proof that the rest is ours: other tools write one, too."""
+    for name in ("plan.json", "prompts.jsonl", "manifest.json"):
+        (tmp_path / name).write_text('{"format_version": "1.2"}')
+    before = snapshot(tmp_path)
+    with pytest.raises(OccupiedError, match=r"but a plan\.json that is not actdump's; choose another folder"):
+        job.run(make_spec(), tmp_path, **options)
+    assert snapshot(tmp_path) == before
+
+
+def test_an_overwrite_needs_no_room_beside_what_it_replaces(finished, tmp_path, monkeypatch):
+    root = shutil.copytree(finished, tmp_path / "out")
+    spec, size = make_spec(model={"config": CONFIG, "seed": 3}), sum(path.stat().st_size for path in root.glob("shards/*"))
+    disk = size + size // 2
+    monkeypatch.setattr(
+        "actdump.store.standing.free_space", lambda _: disk - sum(path.stat().st_size for path in tmp_path.glob("*/shards/*"))
+    )
+    with pytest.raises(StorageError, match="make room"):
+        job.run(spec, tmp_path / "new")
+    assert states(spec, root, overwrite=True) == "done"
+
+
+def test_shards_on_another_disk_are_replaced_there(tmp_path):
+    assert states(make_spec(), tmp_path / "out") == "done"
+    (tmp_path / "out/shards").rename(tmp_path / "large")
+    (tmp_path / "out/shards").symlink_to(tmp_path / "large")
+    assert states(make_spec(tokens="last"), tmp_path / "out", overwrite=True) == "done"
+    assert (tmp_path / "out/shards").is_symlink()
+    assert sorted(path.suffix for path in (tmp_path / "large").iterdir()) == [".json", ".safetensors"]
+
+
 def test_an_overwrite_that_cannot_be_done_leaves_the_old_dump(finished, tmp_path):
     root = shutil.copytree(finished, tmp_path / "out")
     before = snapshot(root)
@@ -238,6 +270,32 @@ def test_a_touched_input_is_read_again_and_a_changed_one_noticed(name, on_files,
     with pytest.raises(OccupiedError, match="has changed"):
         job.run(on_files, tmp_path / "out")
     assert snapshot(tmp_path / "out") == before
+
+
+def test_other_content_of_the_same_size_and_time_is_noticed(on_files, tmp_path):
+    path = tmp_path / "model/model.safetensors"
+    status, content = path.stat(), bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(OccupiedError, match="has changed"):
+        job.run(on_files, tmp_path / "out")
+
+
+def test_a_dump_that_was_replaced_while_inputs_were_read_is_left_alone(on_files, tmp_path, monkeypatch):
+    """A touched input is read, which can take minutes; what comes of it is not written over another run's plan."""
+    sha256, out = inputs.sha256, tmp_path / "out"
+    os.utime(tmp_path / "model/model.safetensors", ns=(1, 1))
+
+    def slow(path, *rest):
+        monkeypatch.setattr(inputs, "sha256", sha256)
+        assert states(on_files.model_copy(update={"dtype": "float16"}), out, overwrite=True) == "done"
+        return sha256(path, *rest)
+
+    monkeypatch.setattr(inputs, "sha256", slow)
+    with pytest.raises(OccupiedError, match=r"`dtype` was float16 and is not given"):
+        job.run(on_files, out)
+    assert json.loads((out / "manifest.json").read_text())["facts"]["spec"]["dtype"] == "float16"
 
 
 def test_a_new_file_in_the_models_folder_is_noticed(on_files, tmp_path):
@@ -332,6 +390,73 @@ def test_what_is_missing_or_cut_is_made_again(name, damage, tmp_path):
     assert snapshot(tmp_path / "out")[other] == before[other]
     assert temporary(tmp_path / "out") == []
     assert states(spec, tmp_path / "out") == "up to date"
+
+
+def test_a_part_that_another_worker_gives_up_is_made_again(tmp_path, monkeypatch):
+    """One that repairs finds damage in a part that was done when this one began."""
+    spec = make_spec(shard={"tokens": 40})
+    job.run(spec, tmp_path / "whole")
+    write_parts, out = loop.write_parts, tmp_path / "out"
+
+    def given_up(*words):
+        write_parts(*words)
+        monkeypatch.setattr(loop, "write_parts", write_parts)
+        (out / "shards/00001.json").unlink()
+
+    monkeypatch.setattr(loop, "write_parts", given_up)
+    assert states(spec, out) == "done"
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("lost", ["statistics", "columns"])
+def test_a_manifest_that_lost_a_part_of_it_is_told(lost, finished, tmp_path):
+    root = shutil.copytree(finished, tmp_path / "out")
+    manifest = json.loads((root / "manifest.json").read_text())
+    del manifest[lost]
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=rf"manifest\.json: not a manifest: '{lost}'"):
+        job.run(make_spec(), root)
+    assert states(make_spec(), root, repair=True) == "done"
+
+
+HUB = """
+import os
+from pathlib import Path
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+config, place = AutoConfig.for_model(**{config!r}), Path(os.environ["HF_HUB_CACHE"], "models--org--tiny")
+for number, commit in enumerate(("a" * 40, "b" * 40)):
+    torch.manual_seed(number)
+    AutoModelForCausalLM.from_config(config).save_pretrained(place / "snapshots" / commit)
+(place / "refs").mkdir()
+(place / "refs/main").write_text("a" * 40)
+"""
+
+
+def test_a_dump_is_finished_with_the_commit_that_it_was_begun_with(tmp_path):
+    """Whatever the branch on the hub has become, or another machine's cache knows of it."""
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    out, place = tmp_path / "out", tmp_path / "hub/models--org--tiny"
+    spec = {"model": "org/tiny", "prompts": prompts(12), "save": SAVE, "shard": {"tokens": 40}}
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+
+    def command(*words):
+        subprocess.run([sys.executable, *map(str, words)], env=environment, check=True, capture_output=True)
+
+    command("-c", HUB.format(config=CONFIG))
+    command("-m", "actdump", "run", tmp_path / "spec.yaml", "-o", out)
+    whole, _ = contents(out)
+    for path in (out / "manifest.json", *out.glob("shards/00001.*")):
+        path.unlink()
+    (place / "refs/main").write_text("b" * 40)
+    command("-m", "actdump", "run", tmp_path / "spec.yaml", "-o", out)
+    again, manifest = contents(out)
+    assert again == whole
+    assert manifest["facts"]["model"]["commit"] == "a" * 40
+    command("-m", "actdump", "run", tmp_path / "spec.yaml", "-o", tmp_path / "new")
+    other, manifest = contents(tmp_path / "new")
+    assert manifest["facts"]["model"]["commit"] == "b" * 40
+    assert other["00001.safetensors"] != whole["00001.safetensors"]
 
 
 def test_a_plan_that_cannot_be_read_is_replaced_only_when_asked(tmp_path):

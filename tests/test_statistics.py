@@ -190,6 +190,22 @@ def test_values_that_the_model_made_non_finite_stop_the_run_if_asked(faulty, tmp
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
+def test_a_dump_with_values_that_are_not_finite_is_no_answer_to_a_spec_that_forbids_them(faulty, tmp_path):
+    """Whether they were reported in the whole of it, or in the parts that are done."""
+    rows = [{"input_ids": [6, 40, 7, 8]}, {"input_ids": [3, 4, 5]}]
+    given = {"prompts": rows, "save": {"block": SAVE["block"]}, "shard": {"tokens": 4}}
+    job.run(spec(**given), tmp_path / "out")
+    said = r"out: holds values that are NaN or infinite, made with `nonfinite: report`: block \(64\); keep them with it"
+    with pytest.raises(DataError, match=said):
+        job.run(spec(**given, nonfinite="error"), tmp_path / "out")
+    for name in ("manifest.json", "shards/00001.json"):
+        (tmp_path / "out" / name).unlink()
+    with pytest.raises(DataError, match=said):
+        job.run(spec(**given, nonfinite="error"), tmp_path / "out")
+    assert not (tmp_path / "out/manifest.json").exists()
+    assert job.run(spec(**given), tmp_path / "out").state == "done"
+
+
 def test_a_toy_has_the_statistics_that_its_closed_form_says():
     """A row is (id, id + 1, id + 2, id + 3) everywhere, so all can be told by hand."""
     values = Toy().embed(torch.tensor([0, 10]))

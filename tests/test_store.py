@@ -376,12 +376,12 @@ def test_temporary_files_of_dead_processes_are_swept_and_others_stay(folder):
 
 
 def test_clear_removes_a_dump_and_nothing_else(folder):
-    take_in(folder)
+    plan = take_in(folder)
     folder.shards.mkdir()
     folder.shard(0).write_bytes(b"")
     (folder.root / "notes").write_bytes(b"")
     (folder.shards / "notes").write_bytes(b"")
-    store.clear(folder)
+    store.clear(folder, plan)
     assert names(folder) == ["notes", "shards", "shards/notes"]
 
 

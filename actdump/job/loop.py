@@ -1,25 +1,26 @@
 """From a spec to a sealed dump: the loop that ties plan, engine and store together."""
 
 import gc
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Literal
+from typing import Any, Literal
 
-from actdump import inputs, store
+from actdump import inputs, reader, store
 from actdump.errors import DataError
-from actdump.format import Folder, Manifest, manifest_from_json
+from actdump.format import Folder, Manifest
+from actdump.job.bound import Bound
 from actdump.job.capturing import write_parts
 from actdump.job.feeding import standard_input
 from actdump.job.planning import planned
 from actdump.job.provenance import circumstances
 from actdump.job.repair import give_up, look_over
-from actdump.job.sealing import seal
+from actdump.job.sealing import check_finite, seal
 from actdump.job.standing import standing
 from actdump.job.underway import Job, check_stop
 from actdump.job.watching import Silent, Watcher
+from actdump.plan import Plan
 from actdump.spec import Spec
 from actdump.worker import Worker
 
@@ -73,8 +74,20 @@ def run(
         return _go_on(job)
 
 
+def _sealed(job: Job, plan: Plan, bound: Bound, crew: store.Crew, around: Mapping[str, Any]) -> bool:
+    """Make the parts that are missing, and seal the dump, unless another worker did; whether it is sealed then."""
+    write_parts(job, plan, bound, crew, around)
+    with crew.deciding(job.check_stop):
+        if not store.complete(job.folder, plan):
+            if store.missing(job.folder, plan, plan.parts):
+                return False
+            seal(job, plan, bound, around)
+    return True
+
+
 def _ended(job: Job, state: Literal["done", "up to date"]) -> Outcome:
-    manifest = manifest_from_json(json.loads(job.folder.manifest.read_bytes()))
+    manifest = reader.open_dump(job.folder.root).manifest
+    check_finite(job, manifest.statistics)
     return Outcome(state, manifest, job.folder.manifest, monotonic() - job.began)
 
 
@@ -93,10 +106,8 @@ def _go_on(job: Job) -> Outcome:
             with crew.deciding(job.check_stop):
                 give_up(job, plan)
             around = circumstances(bound)
-            write_parts(job, plan, bound, crew, around)
-            with crew.deciding(job.check_stop):
-                if not store.complete(job.folder, plan):
-                    seal(job, plan, bound, around)
+            while not _sealed(job, plan, bound, crew, around):
+                pass  # another worker repairs, and gave up parts that were done
             return _ended(job, "done")
     finally:
         gc.unfreeze()

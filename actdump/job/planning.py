@@ -37,12 +37,17 @@ def uncollected() -> Iterator[None]:
 
 
 @uncollected()
-def source_of(job: Job) -> "Source":
-    """The model before its weights; wrong addresses are found here, where the model class can be made without them."""
+def source_of(job: Job, commit: str | None = None) -> "Source":
+    """The model before its weights; wrong addresses are found here, where the model class can be made without them.
+
+    Args:
+        commit: that of the model on the hub, whatever the revision that the spec names has become.
+    """
     from actdump import model
 
     job.watcher.step("reading the model's config")
-    source = model.find(_on_own_device(job.spec.model, job.worker.local))
+    spec = job.spec.model if commit is None else job.spec.model.model_copy(update={"revision": commit})
+    source = model.find(_on_own_device(spec, job.worker.local))
     bind_early(job.spec, source)
     return source
 
@@ -94,12 +99,16 @@ def planned(job: Job, crew: store.Crew) -> tuple[Plan, Bound | None]:
             if found is not None and not job.damage.faults and store.complete(job.folder, found):
                 return found, None
             _enter(job, crew, found)
+            if found is not None and found.facts["model"]["commit"] != source.commit:
+                source, bound = source_of(job, found.facts["model"]["commit"]), None
             if found is None or not store.has_tokens(job.folder, found):
                 plan, bound = take_in(job, crew, source, hashes, found, bound)
                 if job.repair and found is None:  # a broken plan, made again; nobody looked at the parts yet
                     look_over(job, plan)
                 return plan, bound
-    return found, bound or loaded(job, source)
+        bound = bound or loaded(job, source)
+        job.sources.check_same()
+        return found, bound
 
 
 def _enter(job: Job, crew: store.Crew, found: Plan | None) -> None:
@@ -151,7 +160,7 @@ def take_in(
                 raise OccupiedError(
                     f"{folder.root} holds another dump, whose plan is lost; choose another output, or replace it with --overwrite"
                 )
-            store.check_space(folder, sum(part.bytes for part in plan.parts))
+            store.check_space(folder, sum(part.bytes for part in plan.parts) - store.taken(folder))
             store.clear(folder, plan)
         intake.commit(plan if found is None else None, job.sources.stamps, plan_to_json)
     return plan, bound

@@ -23,7 +23,7 @@ def shared_out(job: Job, plan: Plan, crew: store.Crew, finish: Callable[[], None
     Raises:
         Stopped: asked to stop; or there are no locks, and the others seem to have stopped.
     """
-    left = _missing(job, plan, plan.parts)
+    left = store.missing(job.folder, plan, plan.parts)
     store.check_space(job.folder, sum(part.bytes for part in left) - store.being_written(job.folder))
     job.watcher.planned(plan, [part for part in plan.parts if part not in set(left)])
     since: float | None = None
@@ -33,15 +33,11 @@ def shared_out(job: Job, plan: Plan, crew: store.Crew, finish: Callable[[], None
             own.add(part)
             yield part, claim
         finish()
-        still = _missing(job, plan, left)
+        still = store.missing(job.folder, plan, left)
         for part in set(left).difference(still, own):
             job.watcher.elsewhere(part)
         since = _waited(job, crew, still, since) if still == left else None
         left = still
-
-
-def _missing(job: Job, plan: Plan, parts: Sequence[Part]) -> list[Part]:
-    return [part for part in parts if store.done(job.folder, part, plan.digest) is None]
 
 
 def _claimed(job: Job, plan: Plan, crew: store.Crew, parts: Sequence[Part]) -> Iterator[tuple[Part, store.Lock]]:

@@ -72,7 +72,7 @@ def standing(job: Job) -> Plan | None:
     if loaded is None:
         return None
     plan, stamps = loaded
-    differs = next(_reasons(spec, job.sources, plan, stamps), None)
+    differs = job.patiently(lambda: next(_reasons(spec, job.sources, plan, stamps), None))
     if differs is None:
         if job.stdin is None:  # what was kept of standard input has no time of its own
             store.restamp(folder, plan, stamps, job.sources.stamps)

@@ -18,9 +18,11 @@ from actdump.store.standing import (
     done,
     has_tokens,
     load_plan,
+    missing,
     origins,
     reopen,
     restamp,
+    taken,
 )
 from actdump.store.status import Hand, Status, status
 from actdump.store.threads import shut_down
@@ -50,6 +52,7 @@ __all__ = [
     "load_plan",
     "me",
     "metadata",
+    "missing",
     "number_and_host",
     "origins",
     "part_tokens",
@@ -60,5 +63,6 @@ __all__ = [
     "status",
     "storage",
     "sweep",
+    "taken",
     "write_atomically",
 ]

@@ -79,8 +79,8 @@ def sweep(folder: Folder) -> None:
     """Remove what processes left that are gone: temporary files, and their locks."""
     left = {path: process for place in (folder.root, folder.shards) for path, process in _marked(place)}
     dead = {process for process in set(left.values()) if gone(folder, process)}
-    for path, process in left.items():
-        if process in dead and path != folder.worker(me()):
+    for path in sorted(left, key=lambda path: path.name.endswith("worker")):  # last: from another host it alone tells of an end
+        if left[path] in dead and path != folder.worker(me()):
             path.unlink(missing_ok=True)
     for path in folder.shards.glob(".*.actdump-lock"):
         with suppress(NoLocksError):

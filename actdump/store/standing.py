@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from actdump.errors import DataError, OccupiedError, StorageError
@@ -24,7 +25,7 @@ def load_plan(folder: Folder) -> tuple[Plan, dict[str, Any]] | None:
     try:
         value = json.loads(folder.plan.read_bytes())
         return plan_from_json(value), value["stamps"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{folder.plan}: not a plan: {error}; use another folder, or, if it is this spec's dump, --repair"
         ) from None
@@ -40,6 +41,11 @@ def done(folder: Folder, part: Part, digest: str) -> Shard | None:
     except (OSError, ValueError, KeyError, TypeError, DataError):
         return None
     return shard if shard.digest == digest and size == shard.bytes else None
+
+
+def missing(folder: Folder, plan: Plan, parts: Sequence[Part]) -> list[Part]:
+    """Those of the parts that are not done."""
+    return [part for part in parts if done(folder, part, plan.digest) is None]
 
 
 def complete(folder: Folder, plan: Plan) -> bool:
@@ -58,8 +64,11 @@ def complete(folder: Folder, plan: Plan) -> bool:
 
 
 def restamp(folder: Folder, plan: Plan, stamps: Stamps, now: Stamps) -> None:
-    """Note the times of inputs that were touched and found to be the same, so that they are not read again each time."""
-    if now != stamps:
+    """Note the times of inputs that were touched and found to be the same, so that they are not read again each time.
+
+    Reading them may have taken long, and another run may have replaced the dump meanwhile.
+    """
+    if now != stamps and (standing := load_plan(folder)) is not None and standing[0].digest == plan.digest:
         with suppress(StorageError):  # of a folder that is read-only, they are read each time
             write_atomically(folder.plan, to_json({**plan_to_json(plan), "stamps": now}))
 
@@ -81,19 +90,28 @@ def check_free(folder: Folder, *, overwrite: bool, repair: bool = False) -> None
         raise OccupiedError(f"{root} is a file; the output is a folder")
     if root.is_dir():
         foreign = [path.name for path in root.iterdir() if not folder.written_by_us(path)]
-        ours = folder.plan.exists() or (repair and bool(origins(folder)))
+        ours = _is_plan(folder.plan) or ((repair or folder.plan.exists()) and bool(origins(folder)))
         if foreign and not ours and not overwrite:
             raise OccupiedError(
                 f"{root} holds other things ({', '.join(sorted(foreign)[:3])}); choose an empty or a new folder"
             )
-        if not ours and any(path.exists() for path in (folder.manifest, folder.prompts, folder.shards)):
+        if not ours and any(path.exists() for path in (folder.plan, folder.manifest, folder.prompts, folder.shards)):
+            plan = "a plan.json that is not actdump's" if folder.plan.exists() else "no plan.json"
             raise OccupiedError(
-                f"{root} holds files with the names of a dump's, but no plan.json; choose another folder, or, if it is this spec's "
+                f"{root} holds files with the names of a dump's, but {plan}; choose another folder, or, if it is this spec's "
                 "dump, run with --repair"
             )
     ancestor = standing_place(root)
     if not ancestor.is_dir():
         raise StorageError(f"{root}: cannot be made, because {ancestor} is a file")
+
+
+def _is_plan(path: Path) -> bool:
+    """Whether a file is a plan of some version of actdump, and not somebody's who uses that name as well."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        value = json.loads(path.read_bytes())
+        return isinstance(value["format"], int) and isinstance(value["digest"], str)
+    return False
 
 
 def check_writable(folder: Folder) -> None:
@@ -120,6 +138,12 @@ def check_space(folder: Folder, needed: int) -> None:
         )
 
 
+def taken(folder: Folder) -> int:
+    """How many bytes the parts of a dump take, which a new plan either keeps or makes room of."""
+    paths = folder.shards.iterdir() if folder.shards.is_dir() else ()
+    return sum(path.stat().st_size for path in paths if folder.written_by_us(path))
+
+
 def origins(folder: Folder) -> set[tuple[int, str]]:
     """The formats, and the digests of the plans, that the manifest and the records in a folder were written under, if readable."""
     found = set()
@@ -130,16 +154,16 @@ def origins(folder: Folder) -> set[tuple[int, str]]:
     return found
 
 
-def clear(folder: Folder, plan: Plan | None = None) -> None:
-    """Remove what a dump consists of, the manifest first and the plan last; leave everything else, and parts that a plan has done."""
-    done_parts = [part.number for part in plan.parts if done(folder, part, plan.digest)] if plan is not None else []
+def clear(folder: Folder, plan: Plan) -> None:
+    """Remove what a dump consists of, the manifest first and the plan last; leave everything else, and parts that the plan has done."""
+    done_parts = [part.number for part in plan.parts if done(folder, part, plan.digest)]
     kept = {path for number in done_parts for path in (folder.shard(number), folder.record(number))}
     with storage(folder.root, "cleared"):
         folder.manifest.unlink(missing_ok=True)
         for path in sorted(folder.shards.iterdir()) if folder.shards.is_dir() else ():
             if folder.written_by_us(path) and path not in kept:
                 path.unlink()
-        if folder.shards.is_dir() and not any(folder.shards.iterdir()):
+        if folder.shards.is_dir() and not folder.shards.is_symlink() and not any(folder.shards.iterdir()):
             folder.shards.rmdir()
         for path in (folder.prompts, folder.tokens, folder.plan):
             path.unlink(missing_ok=True)
