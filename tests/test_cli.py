@@ -239,5 +239,5 @@ def test_results_may_be_piped_into_something_that_stops_reading() -> None:
         f"set -o pipefail; '{Path(sys.executable).with_name('actdump')}' schema | true", shell=True,
         executable="/bin/bash", capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert "Traceback" not in done.stderr
-    assert "rror" not in done.stderr
+    assert done.returncode == 0
+    assert done.stderr == ""

@@ -762,6 +762,7 @@ def test_ctrl_c_once_stops_soon_and_the_same_command_goes_on() -> None:
     with started("run", "spec.yaml") as process:
         wait_for(process, "16,000 tokens")
         while not list(Path("out").rglob("0000*.json")):
+            assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
@@ -785,7 +786,9 @@ def test_a_run_that_waits_for_standard_input_stops_soon() -> None:
         assert process.stdin is not None
         process.stdin.write('{"input_ids": [1]}\n')
         process.stdin.flush()
-        time.sleep(1.5)  # it has read the spec and waits for the rest
+        while not minds_signals(process):
+            assert process.poll() is None
+        time.sleep(1.5)  # as a rule it has read the spec by then, and waits for the rest
         process.send_signal(signal.SIGTERM)
         process.wait(30)  # with its input still open
         out, err = process.communicate(timeout=30)

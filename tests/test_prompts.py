@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from needs import need
 from pydantic import ValidationError
 
 from actdump.errors import MissingError, SpecError
@@ -100,9 +101,9 @@ def test_what_comes_after_the_limit_is_not_read(tmp_path: Path) -> None:
         list(read(spec))
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_a_file_is_read_as_it_comes(tmp_path: Path) -> None:
     """From a pipe whose writer waits, prompts come before the end is written."""
+    need(hasattr(os, "mkfifo"), "no named pipes here")
     pipe = tmp_path / "p.txt"
     os.mkfifo(pipe)
     seen = threading.Event()
