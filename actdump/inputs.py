@@ -17,7 +17,7 @@ from actdump.spec import ModelSpec, Spec
 _MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py", ".tiktoken")
 _NOT_MODEL = ("optimizer", "scheduler", "training_args", "trainer_state", "rng_state", "README")
 
-Stamps = Mapping[str, list[int]]  # size and times (ns) of modification and of change of each file, by the part that it plays
+Stamps = Mapping[str, list[int]]  # size and modification time (ns) of each file, by the part that it plays
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,7 @@ class Inputs:
 
     @cached_property
     def stamps(self) -> dict[str, list[int]]:
-        """Size and times of each, cheap to compare, as they were before any was read.
-
-        That of modification can be set to what it was, as unpacking does; that of change cannot.
+        """Size and modification time of each, cheap to compare, as they were before any was read.
 
         Raises:
             MissingError: a file is not there.
@@ -42,7 +40,7 @@ class Inputs:
             status = path.stat()
         except OSError as error:
             raise MissingError(f"{role.partition('/')[0]}: `{path}`: {error.strerror}") from None
-        return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        return [status.st_size, status.st_mtime_ns]
 
     @contextmanager
     def hashing(self) -> Iterator[Callable[[], dict[str, str]]]:

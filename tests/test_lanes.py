@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from needs import need
-from test_job import CONFIG, contents, make_spec
+from test_job import CONFIG, contents, make_spec, same
 from torch import nn
 
 import actdump
@@ -30,6 +30,7 @@ MANY = {"shard": {"tokens": 200}, "batch": {"tokens": 40}}
 @pytest.fixture(autouse=True)
 def two_threads():
     need(torch.backends.openmp.is_available(), "without OpenMP forwards run one at a time")
+    need(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) > 1, "forwards run side by side on two cores")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -123,7 +124,7 @@ def test_values_are_those_of_plain_forwards(tmp_path, streamed):
     for number, row in enumerate(spec.prompts.rows):
         with torch.no_grad():
             module(torch.tensor([row.input_ids]))
-        assert (dump["block"][number] - seen[-1][0]).norm() <= 1e-5 * seen[-1].norm()
+        assert same(dump["block"][number], seen[-1][0])
 
 
 @pytest.mark.parametrize(("threads", "count"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 3), (8, 4), (64, 4)])
@@ -224,10 +225,10 @@ def test_where_memory_is_short_the_rest_is_left_and_nothing_runs_beside(error):
         running.add(number)
         tried.append(number)
         try:
-            time.sleep(0.01)
             if number == 2:
                 raise error
-            time.sleep(0.03)
+            while number == 3 and not side._tight:
+                time.sleep(0.001)
             return number
         finally:
             running.discard(number)
@@ -266,7 +267,7 @@ def test_batches_that_fit_alone_but_not_side_by_side(tmp_path, monkeypatch):
     assert short
     one, another = (actdump.open(tmp_path / name) for name in ("roomy", "out"))
     for name in one.names:
-        assert (one[name].rows[:].float() - another[name].rows[:].float()).norm() <= 1e-5 * one[name].rows[:].float().norm()
+        assert same(another[name].rows[:], one[name].rows[:], 1e-2 if one[name].rows[:].dtype == torch.bfloat16 else 1e-5)
     assert {shard.written["halved"] for shard in records(tmp_path / "out")} == {0}
 
 
@@ -343,15 +344,18 @@ def test_an_interrupt_while_the_lanes_end_waits_for_their_end():
 
 def test_an_interrupt_while_the_thread_that_joins_is_started_waits_as_well(monkeypatch):
     """A new thread of the system that has not yet run says nothing to the one that started it."""
-    start, ended, pool = threading._start_new_thread, [], ThreadPoolExecutor(1)
+    name = (
+        "_start_joinable_thread" if hasattr(threading, "_start_joinable_thread") else "_start_new_thread"
+    )  # before Python 3.13
+    start, ended, pool = getattr(threading, name), [], ThreadPoolExecutor(1)
     pool.submit(lambda: (time.sleep(0.3), ended.append(1)))
 
-    def slow(bootstrap, words):
-        monkeypatch.setattr(threading, "_start_new_thread", start)
-        start(lambda: (time.sleep(0.1), bootstrap(*words)), ())
+    def slow(bootstrap, *words, **options):
+        monkeypatch.setattr(threading, name, start)
+        start(lambda: (time.sleep(0.1), bootstrap()), *words, **options)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(threading, "_start_new_thread", slow)
+    monkeypatch.setattr(threading, name, slow)
     with pytest.raises(KeyboardInterrupt):
         shut_down(pool, cancel=False)
     assert ended == [1]

@@ -196,13 +196,14 @@ def test_a_dump_with_values_that_are_not_finite_is_no_answer_to_a_spec_that_forb
     given = {"prompts": rows, "save": {"block": SAVE["block"]}, "shard": {"tokens": 4}}
     job.run(spec(**given), tmp_path / "out")
     said = r"out: holds values that are NaN or infinite, made with `nonfinite: report`: block \(64\); keep them with it"
-    with pytest.raises(DataError, match=said):
-        job.run(spec(**given, nonfinite="error"), tmp_path / "out")
+    for do in (job.run, job.explain):
+        with pytest.raises(DataError, match=said):
+            do(spec(**given, nonfinite="error"), tmp_path / "out")
     for name in ("manifest.json", "shards/00001.json"):
         (tmp_path / "out" / name).unlink()
     with pytest.raises(DataError, match=said):
         job.run(spec(**given, nonfinite="error"), tmp_path / "out")
-    assert not (tmp_path / "out/manifest.json").exists()
+    assert not (tmp_path / "out/shards/00001.json").exists()  # before anything is computed
     assert job.run(spec(**given), tmp_path / "out").state == "done"
 
 

@@ -142,7 +142,8 @@ def _compare(
             doubtful[at] = found
         if witness:
             _hear(tally, plain.witnesses[at])
-    for at, moves in _movement(model, places, ids, plain, doubtful).items():
+    limits = [tally.limit for tally in tallies]
+    for at, moves in _movement(model, places, ids, plain, doubtful, limits).items():
         _class(dump, tallies[at], number, len(ids), doubtful[at], moves)
 
 
@@ -171,19 +172,24 @@ class _Movement:
     most: Tensor
     usual: float
 
-    def explains(self, found: Tensor) -> Tensor:
+    def explains(self, found: Tensor, limit: float) -> Tensor:
         """The tokens whose errors it explains. None, where the tokens are off as a whole and not here and there."""
-        whole = len(found) >= FEW and float(found.median()) > FACTOR * self.usual
+        whole = len(found) >= FEW and float(found.median()) > max(limit, FACTOR * self.usual)
         return torch.zeros_like(found, dtype=torch.bool) if whole else found <= FACTOR * self.most
 
 
 def _movement(
-    model: nn.Module, places: Sequence[Place], ids: Sequence[int], plain: Alone, doubtful: Mapping[int, Tensor]
+    model: nn.Module,
+    places: Sequence[Place],
+    ids: Sequence[int],
+    plain: Alone,
+    doubtful: Mapping[int, Tensor],
+    limits: Sequence[float],
 ) -> dict[int, _Movement]:
     """How far the model itself moves each token of the doubtful taps, until that explains them."""
     moves: dict[int, _Movement] = {}
     for seed, scale in enumerate(SCALES):
-        if all(at in moves and moves[at].explains(found).all() for at, found in doubtful.items()):
+        if all(at in moves and moves[at].explains(found, limits[at]).all() for at, found in doubtful.items()):
             break
         moved = alone.run(model, places, ids, noise=Noise(seed, scale))
         for at in doubtful:
@@ -198,7 +204,7 @@ def _movement(
 
 
 def _class(dump: Dump, tally: _Tallying, number: int, tokens: int, found: Tensor, moves: _Movement) -> None:
-    wrong = (found > tally.limit) & ~moves.explains(found)
+    wrong = (found > tally.limit) & ~moves.explains(found, tally.limit)
     tally.unstable += int(((found > tally.limit) & ~wrong).sum())
     if not wrong.any():
         return
@@ -208,5 +214,5 @@ def _class(dump: Dump, tally: _Tallying, number: int, tokens: int, found: Tensor
     tally.faults.append(
         f"{tally.place.column.name}: prompt {number} (`{dump.prompts[number].id}`), {tally.place.words(row, tokens)}: off by "
         f"{found[row]:.2g} of its size from the prompt run alone, where {tally.limit:.2g} is allowed and the model itself moves "
-        f"by {moves.most[row]:.2g} (its tokens at the median by {moves.usual:.2g}){others}"
+        f"by {moves.most[row]:.2g}{others}"
     )

@@ -1,5 +1,6 @@
 """Axes: what the shapes that two probes gave say of a tap."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -64,13 +65,20 @@ def _check_selection(site: Site, computed: torch.dtype) -> None:
     if site.token_axis is None or site.selection == "all":
         return
     axes = cast(tuple[Axis, ...], site.axes)
-    if sum(axis.token for axis in axes) > sum(isinstance(dim, Slice) for dim in site.shape):
+    if not _keeps_first(axes, site.index):
         raise Unfit(
             f"its address picks a position on one token axis and `tokens` would select on another: {shape_text(axes)}; write both "
             "into the address, or neither (`tokens: all`)"
         )
     if site.selection == "mean" and not computed.is_floating_point:
         raise Unfit(f"it is {dtype_name(computed)}, which has no mean; use another selection of `tokens` for it")
+
+
+def _keeps_first(axes: Sequence[Axis], index: Sequence[Item]) -> bool:
+    """Whether the first token axis, the query's in attention, is there after the tensor indices."""
+    first = next(place for place, axis in enumerate(axes) if axis.token)
+    alone = [axis if place == first or not axis.token else Axis(False, False, sys.maxsize) for place, axis in enumerate(axes)]
+    return any(isinstance(dim, Slice) for dim in _one_prompt(alone, index)[0])
 
 
 @cache

@@ -73,7 +73,7 @@ def probe(
     """
     before = _modules(model)
     found = _probe(model, sites, feed, tokens, dtype, apart)
-    if replaced := [path for path, module in _modules(model).items() if before.get(path) is not module]:
+    if replaced := [path for path, module in _modules(model).items() if before.get(path, module) is not module]:
         raise UsageError(
             f"{type(model).__name__} replaces modules of its own in a forward (`{replaced[0]}`), so that what it computes for a "
             "prompt hangs on the prompts before it; change its config so that it stays as it is, as BigBird does with "

@@ -111,12 +111,12 @@ def modules(spec: ModelSpec, *, grep: str | None = None, depth: int | None = Non
             yield level if grep is None else 0, path or "(the model)", kind, output
 
 
-def budget_for(spec: Spec, source: "Source") -> Budget:
+def budget_for(spec: Spec, bound: Bound) -> Budget:
     """How large batches may be: what the spec says, or what is fast on the device for the model's dtype."""
     from actdump import model
 
     tokens = spec.batch.tokens
     if tokens == "auto":
         on_cpu = model.pick_device(spec.model.device).type == "cpu"
-        tokens = AUTO_TOKENS[str(source.dtype).removeprefix("torch.")] if on_cpu else AUTO_TOKENS_ACCELERATOR
+        tokens = AUTO_TOKENS[str(bound.module.dtype).removeprefix("torch.")] if on_cpu else AUTO_TOKENS_ACCELERATOR
     return Budget(tokens, spec.batch.prompts)

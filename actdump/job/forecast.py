@@ -45,7 +45,7 @@ def forecast(spec: Spec, watcher: Watcher | None = None, root: Path | None = Non
     watcher = watcher or Silent()
     watcher.step("reading the model's config")
     bound, weighed = survey(spec, watcher=watcher)
-    budget = budget_for(spec, bound.source)
+    budget = budget_for(spec, bound)
     tokenizer = tokenizer_for(spec, bound.source, watcher)
     watcher.step("tokenising")
     lengths = array("i")

@@ -16,8 +16,8 @@ from actdump.job.feeding import standard_input
 from actdump.job.planning import planned
 from actdump.job.provenance import circumstances
 from actdump.job.repair import give_up, look_over
-from actdump.job.sealing import check_finite, seal
-from actdump.job.standing import standing
+from actdump.job.sealing import seal
+from actdump.job.standing import check_finite, standing
 from actdump.job.underway import Job, check_stop
 from actdump.job.watching import Silent, Watcher
 from actdump.plan import Plan
@@ -87,7 +87,7 @@ def _sealed(job: Job, plan: Plan, bound: Bound, crew: store.Crew, around: Mappin
 
 def _ended(job: Job, state: Literal["done", "up to date"]) -> Outcome:
     manifest = reader.open_dump(job.folder.root).manifest
-    check_finite(job, manifest.statistics)
+    check_finite(job.spec, job.folder, [manifest.statistics])
     return Outcome(state, manifest, job.folder.manifest, monotonic() - job.began)
 
 
@@ -105,6 +105,7 @@ def _go_on(job: Job) -> Outcome:
                 )
             with crew.deciding(job.check_stop):
                 give_up(job, plan)
+            check_finite(job.spec, job.folder, store.statistics(job.folder, plan))
             around = circumstances(bound)
             while not _sealed(job, plan, bound, crew, around):
                 pass  # another worker repairs, and gave up parts that were done

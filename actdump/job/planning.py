@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from actdump import store
@@ -48,6 +49,8 @@ def source_of(job: Job, commit: str | None = None) -> "Source":
     job.watcher.step("reading the model's config")
     spec = job.spec.model if commit is None else job.spec.model.model_copy(update={"revision": commit})
     source = model.find(_on_own_device(spec, job.worker.local))
+    if source.commit is not None:  # so are tokenizer and weights, however much later they are asked for
+        source = replace(source, spec=source.spec.model_copy(update={"revision": source.commit}))
     bind_early(job.spec, source)
     return source
 
@@ -106,9 +109,9 @@ def planned(job: Job, crew: store.Crew) -> tuple[Plan, Bound | None]:
                 if job.repair and found is None:  # a broken plan, made again; nobody looked at the parts yet
                     look_over(job, plan)
                 return plan, bound
-        bound = bound or loaded(job, source)
-        job.sources.check_same()
-        return found, bound
+    bound = bound or loaded(job, source)
+    job.sources.check_same()
+    return found, bound
 
 
 def _enter(job: Job, crew: store.Crew, found: Plan | None) -> None:
@@ -150,7 +153,7 @@ def take_in(
         if found is None and not crew.locks:  # another worker may have made the plan in the meantime
             found = standing(job)
         facts = facts_of(job.spec, bound, job.patiently(hashes), intake.facts)
-        plan = make(facts, bound.columns, parts, found.budget if found else budget_for(job.spec, source))
+        plan = make(facts, bound.columns, parts, found.budget if found else budget_for(job.spec, bound))
         if found is not None and plan.digest != found.digest:
             raise DataError(
                 f"{folder.root}: the prompts' tokens are not those of the plan in the folder; use the versions that made it"

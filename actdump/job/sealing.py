@@ -14,7 +14,6 @@ from actdump.job.provenance import now, placed
 from actdump.job.underway import Job
 from actdump.plan import Plan
 from actdump.reader import Dump
-from actdump.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,6 @@ def seal(job: Job, plan: Plan, bound: Bound, around: Mapping[str, Any]) -> None:
         "started": job.started, "finished": now(), "seconds": round(monotonic() - job.began, 3),
     }  # fmt: skip
     manifest = replace(store.gathered(job.folder, plan, made), audit=audited)
-    check_finite(job, manifest.statistics)
     store.seal(job.folder, manifest)
     store.sweep(job.folder)
     for name, statistics in manifest.statistics.items():
@@ -45,20 +43,6 @@ def seal(job: Job, plan: Plan, bound: Bound, around: Mapping[str, Any]) -> None:
                 statistics.nonfinite,
                 statistics.values,
             )
-
-
-def check_finite(job: Job, statistics: Mapping[str, Statistics]) -> None:
-    """Where the spec wants finite values alone, look for others in what was made before it did.
-
-    Raises:
-        DataError: there are some.
-    """
-    odd = [f"{name} ({each.nonfinite:,})" for name, each in statistics.items() if each.nonfinite]
-    if odd and job.spec.nonfinite == "error":
-        raise DataError(
-            f"{job.folder.root}: holds values that are NaN or infinite, made with `nonfinite: report`: {', '.join(odd)}; keep them "
-            "with it, or remove the folder and try another `model.dtype`"
-        )
 
 
 def _audited(job: Job, plan: Plan, bound: Bound) -> dict[str, Any] | None:

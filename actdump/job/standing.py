@@ -1,6 +1,7 @@
 """What a folder is to a spec: nothing yet, its own dump, finished or not, or another one."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,7 @@ from actdump.job.feeding import standard_input
 from actdump.job.underway import Job
 from actdump.plan import Plan
 from actdump.spec import Spec
+from actdump.statistics import Statistics
 
 MOST = 20  # differences that are told
 
@@ -48,7 +50,7 @@ def found(spec: Spec, folder: Folder, sources: inputs.Inputs) -> Explanation:
     Raises:
         OccupiedError: it holds something that is no dump.
         StorageError: where the folder would be made is a file.
-        DataError: its plan cannot be read.
+        DataError: its plan cannot be read, or the spec wants finite values alone, and others are there.
     """
     if (loaded := store.load_plan(folder)) is None:
         store.check_free(folder, overwrite=False)
@@ -56,7 +58,30 @@ def found(spec: Spec, folder: Folder, sources: inputs.Inputs) -> Explanation:
     plan, stamps = loaded
     if reasons := tuple(islice(_reasons(spec, sources, plan, stamps), MOST)):
         return Explanation("stale", reasons)
+    check_finite(spec, folder, store.statistics(folder, plan))
     return Explanation("up to date" if store.complete(folder, plan) else "unfinished")
+
+
+def check_finite(spec: Spec, folder: Folder, made: Iterable[Mapping[str, Statistics]]) -> None:
+    """Where a spec wants finite values alone, look for others in what was made before it did.
+
+    Args:
+        made: the statistics of what was made.
+
+    Raises:
+        DataError: there are some.
+    """
+    if spec.nonfinite != "error":
+        return
+    counts: Counter[str] = Counter()
+    for statistics in made:
+        counts.update({name: each.nonfinite for name, each in statistics.items() if each.nonfinite})
+    if counts:
+        told = ", ".join(f"{name} ({count:,})" for name, count in counts.items())
+        raise DataError(
+            f"{folder.root}: holds values that are NaN or infinite, made with `nonfinite: report`: {told}; keep them with it, or "
+            "remove the folder and try another `model.dtype`"
+        )
 
 
 def standing(job: Job) -> Plan | None:

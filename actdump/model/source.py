@@ -49,7 +49,9 @@ class Source:
         if self.spec.config is not None or self.spec.gguf_file is not None:
             return None
         if (folder := self.spec.folder) is not None:
-            files = sorted(map(str, folder.glob("*.safetensors")))
+            files = sorted(map(str, folder.glob("model.safetensors"))) or sorted(
+                map(str, folder.glob("model-*-of-*.safetensors"))
+            )
         else:
             cached = try_to_load_from_cache(str(self.spec.source), "model.safetensors", revision=self.spec.revision)
             files = [cached] if isinstance(cached, str) else []

@@ -22,6 +22,7 @@ from actdump.store.standing import (
     origins,
     reopen,
     restamp,
+    statistics,
     taken,
 )
 from actdump.store.status import Hand, Status, status
@@ -60,6 +61,7 @@ __all__ = [
     "restamp",
     "seal",
     "shut_down",
+    "statistics",
     "status",
     "storage",
     "sweep",

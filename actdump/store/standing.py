@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from actdump.errors import DataError, OccupiedError, StorageError
 from actdump.format import VERSION, Folder, Shard, plan_from_json, plan_to_json, shard_from_json
 from actdump.inputs import Stamps, sha256
 from actdump.plan import Part, Plan
+from actdump.statistics import Statistics
 from actdump.store.files import free_space, standing_place, storage, to_json, write_atomically
 
 
@@ -46,6 +47,13 @@ def done(folder: Folder, part: Part, digest: str) -> Shard | None:
 def missing(folder: Folder, plan: Plan, parts: Sequence[Part]) -> list[Part]:
     """Those of the parts that are not done."""
     return [part for part in parts if done(folder, part, plan.digest) is None]
+
+
+def statistics(folder: Folder, plan: Plan) -> Iterator[Mapping[str, Statistics]]:
+    """The statistics of the parts that are done."""
+    for part in plan.parts:
+        if (shard := done(folder, part, plan.digest)) is not None:
+            yield shard.statistics
 
 
 def complete(folder: Folder, plan: Plan) -> bool:
@@ -97,9 +105,9 @@ def check_free(folder: Folder, *, overwrite: bool, repair: bool = False) -> None
             )
         if not ours and any(path.exists() for path in (folder.plan, folder.manifest, folder.prompts, folder.shards)):
             plan = "a plan.json that is not actdump's" if folder.plan.exists() else "no plan.json"
+            remedy = "if it is this spec's dump, run with --repair" if origins(folder) else "remove them"
             raise OccupiedError(
-                f"{root} holds files with the names of a dump's, but {plan}; choose another folder, or, if it is this spec's "
-                "dump, run with --repair"
+                f"{root} holds files with the names of a dump's, but {plan}; choose another folder, or {remedy}"
             )
     ancestor = standing_place(root)
     if not ancestor.is_dir():
@@ -108,7 +116,7 @@ def check_free(folder: Folder, *, overwrite: bool, repair: bool = False) -> None
 
 def _is_plan(path: Path) -> bool:
     """Whether a file is a plan of some version of actdump, and not somebody's who uses that name as well."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with storage(path, "read"), suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         value = json.loads(path.read_bytes())
         return isinstance(value["format"], int) and isinstance(value["digest"], str)
     return False
@@ -131,7 +139,7 @@ def check_space(folder: Folder, needed: int) -> None:
     Raises:
         StorageError: it has not.
     """
-    free = free_space(folder.root)
+    free = free_space(folder.shards)  # which may stand on another disk
     if needed > free:
         raise StorageError(
             f"{folder.root}: the dump needs {needed:,} bytes, and {free:,} are free; make room, or choose another folder"
@@ -139,9 +147,10 @@ def check_space(folder: Folder, needed: int) -> None:
 
 
 def taken(folder: Folder) -> int:
-    """How many bytes the parts of a dump take, which a new plan either keeps or makes room of."""
+    """How many bytes the parts of a dump take, which a new plan either keeps or makes room of; none where they are linked elsewhere."""
     paths = folder.shards.iterdir() if folder.shards.is_dir() else ()
-    return sum(path.stat().st_size for path in paths if folder.written_by_us(path))
+    found = (path.stat() for path in paths if folder.written_by_us(path))
+    return sum(status.st_size for status in found if status.st_nlink == 1)
 
 
 def origins(folder: Folder) -> set[tuple[int, str]]:

@@ -65,7 +65,7 @@ def work(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Forw
     if isinstance(given, Mapping) and len(args) == 1:
         return _own((), {**given, **kwargs})
     texts = isinstance(given, str) or (isinstance(given, list | tuple) and any(isinstance(entry, str) for entry in given))
-    if not texts and not (takes_ids and isinstance(given, list | Tensor)):
+    if not texts and not (takes_ids and isinstance(given, list | tuple | Tensor)):
         return _own(args, kwargs)
     if len(args) > 1 or kwargs:
         raise UsageError("prompts stand alone in trace; to pass further arguments, pass all of them: `input_ids=…`, …")
