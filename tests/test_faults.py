@@ -670,7 +670,7 @@ def test_a_process_with_little_memory(tmp_path):
     assert_values_of_plain_forwards(dump, shape, rows)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")  # in CI, too, which cannot install one
 def test_a_gpu_with_little_memory(tmp_path):
     """Not injected either."""
     shape = {**CONFIG, "n_embd": 256, "n_head": 16, "n_layer": 1, "n_positions": 1024}

@@ -119,9 +119,8 @@ def _own_config(given: dict[str, Any]) -> Any:
 
 def _read_by_the_model(config: Any) -> set[str]:
     """What the model's code takes from its config; some of it no config class names, as `head_dim` of Qwen3-MoE."""
-    return set(
-        re.findall(r"""\bconfig(?:\.|, ")([a-z]\w*)""", _code(config))
-    )  # config.head_dim, getattr(config, "head_dim", …)
+    # config.head_dim, getattr(config, "head_dim", …)
+    return set(re.findall(r"""\bconfig(?:\.|, ")([a-z]\w*)""", _code(config)))
 
 
 def _code(config: Any) -> str:
