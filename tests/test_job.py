@@ -628,6 +628,20 @@ def test_a_run_holds_no_more_batches_than_the_writer_lets_wait(tmp_path, monkeyp
     assert max(waiting) <= store.AHEAD
 
 
+def test_a_part_that_is_whole_stays_where_the_next_cannot_be_begun(tmp_path, monkeypatch):
+    begin = store.Pendings.begin
+
+    def full(self, folder, plan, part, ids):
+        if part.number == 1:
+            raise StorageError("the disk is full")
+        return begin(self, folder, plan, part, ids)
+
+    monkeypatch.setattr(store.Pendings, "begin", full)
+    with pytest.raises(StorageError, match="the disk is full"):
+        job.run(make_spec(60, shard={"tokens": 60}), tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out/shards").iterdir()) == ["00000.json", "00000.safetensors"]
+
+
 def test_mistakes_in_prompts_are_found_before_the_weights_are_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("actdump.model.load", lambda source: pytest.fail("the weights were loaded"))
     for wrong, message in (([1, 99], "token id 99"), ([1] * 40, "has 40 tokens")):

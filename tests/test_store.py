@@ -232,8 +232,7 @@ def test_a_part_is_done_only_with_its_record_its_size_and_its_plan(folder):
     assert store.done(folder, part, "another") is None
     os.truncate(folder.shard(0), folder.shard(0).stat().st_size - 1)
     assert store.done(folder, part, plan.digest) is None
-    with pytest.raises(DataError, match=r"parts \[0\] are not done"):
-        store.gathered(folder, plan, {})
+    assert store.gathered(folder, plan) is None
     folder.record(0).write_text("{")
     assert store.done(folder, part, plan.digest) is None
     assert not folder.manifest.exists()
@@ -287,7 +286,7 @@ def test_the_umask_decides_the_modes(mask, folder):
         shard = pending(folder, plan)
         put(shard, [0, 1, 2, 3], [0, 1, 2, 3])
         shard.seal({}, {})
-        store.seal(folder, store.gathered(folder, plan, {}))
+        store.seal(folder, store.gathered(folder, plan))
     finally:
         os.umask(before)
     for path in (folder.plan, folder.prompts, folder.manifest, folder.shard(0), folder.record(0)):
@@ -302,7 +301,7 @@ def test_sealing_writes_the_manifest_and_drops_the_spooled_tokens(folder):
     put(shard, [0, 1, 2, 3], [0, 1, 2, 3])
     shard.seal({}, {})
     assert not store.complete(folder, plan)
-    manifest = store.gathered(folder, plan, {"by": "a test"})
+    manifest = store.gathered(folder, plan)
     store.seal(folder, manifest)
     assert manifest.prompts == 4
     assert manifest.tokens == 10
@@ -409,6 +408,21 @@ def test_the_writer_does_its_tasks_in_order():
             writer.do(seen.append, number)
         writer.finish()
         assert seen == list(range(20))
+
+
+def test_a_held_task_comes_before_what_is_done_after_it():
+    seen = []
+    with store.Writer() as writer:
+        writer.hold(seen.append, "first")
+        time.sleep(0.05)
+        assert seen == []
+        writer.do(seen.append, "second")
+        writer.hold(seen.append, "third")
+        writer.hold(seen.append, "fourth")
+        writer.let_go()
+        writer.hold(seen.append, "last")
+        writer.finish()
+    assert seen == ["first", "second", "third", "fourth", "last"]
 
 
 def test_an_error_in_the_thread_is_raised_at_the_next_call():

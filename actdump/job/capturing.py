@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from actdump import store
-from actdump.errors import DataError, Stopped
+from actdump.errors import ActdumpError, DataError
 from actdump.job.bound import Bound
 from actdump.job.lanes import Lanes
 from actdump.job.memory import Room
@@ -35,10 +35,12 @@ def write_parts(job: Job, plan: Plan, bound: Bound, crew: store.Crew, around: Ma
             with Lanes(bound, job.check_stop) as lanes:
                 for part, claim in shared_out(job, plan, crew, writer.finish):
                     shard = pendings.begin(folder, plan, part, store.part_tokens(folder, plan, part))
+                    writer.let_go()
                     filling = _Filling(job, bound, shard, writer)
                     counts = _capture_part(job, plan, lanes, room, filling)
-                    writer.do(_seal, shard, claim, filling.seen, {**around, **counts})
-        except Stopped:
+                    # Beside it, the lock and the file of the next part would wait for the disk, and the model for them.
+                    writer.hold(_seal, shard, claim, filling.seen, {**around, **counts})
+        except ActdumpError:
             writer.finish()  # a part that is whole is finished
             raise
 

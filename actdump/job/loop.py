@@ -78,11 +78,7 @@ def _sealed(job: Job, plan: Plan, bound: Bound, crew: store.Crew, around: Mappin
     """Make the parts that are missing, and seal the dump, unless another worker did; whether it is sealed then."""
     write_parts(job, plan, bound, crew, around)
     with crew.deciding(job.check_stop):
-        if not store.complete(job.folder, plan):
-            if store.missing(job.folder, plan, plan.parts):
-                return False
-            seal(job, plan, bound, around)
-    return True
+        return store.complete(job.folder, plan) or seal(job, plan, bound, around)
 
 
 def _ended(job: Job, state: Literal["done", "up to date"]) -> Outcome:

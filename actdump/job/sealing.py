@@ -8,6 +8,7 @@ from typing import Any
 
 from actdump import store
 from actdump.errors import DataError
+from actdump.format import Manifest
 from actdump.job.bound import Bound
 from actdump.job.memory import memory
 from actdump.job.provenance import now, placed
@@ -18,8 +19,8 @@ from actdump.reader import Dump
 log = logging.getLogger(__name__)
 
 
-def seal(job: Job, plan: Plan, bound: Bound, around: Mapping[str, Any]) -> None:
-    """Audit what was written and seal it.
+def seal(job: Job, plan: Plan, bound: Bound, around: Mapping[str, Any]) -> bool:
+    """Audit what was written and seal it; whether all parts were there.
 
     Args:
         around: what the manifest says of the circumstances.
@@ -27,12 +28,15 @@ def seal(job: Job, plan: Plan, bound: Bound, around: Mapping[str, Any]) -> None:
     Raises:
         DataError: values are wrong.
     """
-    audited = _audited(job, plan, bound)
+    gathered = store.gathered(job.folder, plan)
+    if gathered is None:
+        return False
+    audited = _audited(job, plan, bound, gathered)
     made = {
         **around, "model": placed(job.spec.model),
         "started": job.started, "finished": now(), "seconds": round(monotonic() - job.began, 3),
     }  # fmt: skip
-    manifest = replace(store.gathered(job.folder, plan, made), audit=audited)
+    manifest = replace(gathered, made=made, audit=audited)
     store.seal(job.folder, manifest)
     store.sweep(job.folder)
     for name, statistics in manifest.statistics.items():
@@ -43,9 +47,10 @@ def seal(job: Job, plan: Plan, bound: Bound, around: Mapping[str, Any]) -> None:
                 statistics.nonfinite,
                 statistics.values,
             )
+    return True
 
 
-def _audited(job: Job, plan: Plan, bound: Bound) -> dict[str, Any] | None:
+def _audited(job: Job, plan: Plan, bound: Bound, gathered: Manifest) -> dict[str, Any] | None:
     """Audit what was written, before it is sealed.
 
     Raises:
@@ -57,7 +62,7 @@ def _audited(job: Job, plan: Plan, bound: Bound) -> dict[str, Any] | None:
 
     job.check_stop()
     job.watcher.step("auditing")
-    dump = Dump(job.folder, store.gathered(job.folder, plan, {}))
+    dump = Dump(job.folder, gathered)
     with memory("the audit", "the parts are done, so `--set audit=0` seals the dump without one"):
         found = audit.compare(dump, bound.module, audit.choose(dump, plan, job.spec.audit))
     if found.faults:

@@ -33,7 +33,7 @@ def shared_out(job: Job, plan: Plan, crew: store.Crew, finish: Callable[[], None
             own.add(part)
             yield part, claim
         finish()
-        still = store.missing(job.folder, plan, left)
+        still = store.missing(job.folder, plan, [part for part in left if part not in own])
         for part in set(left).difference(still, own):
             job.watcher.elsewhere(part)
         since = _waited(job, crew, still, since) if still == left else None

@@ -64,7 +64,8 @@ class Crew:
         if not self.locks:
             return Lock(path, None)
         with storage(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.parent.is_dir():
+                path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 lock = Lock.take(path, me())
             except FileNotFoundError:  # the folder: another worker made it, failed, and removed it

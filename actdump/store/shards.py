@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,7 +26,7 @@ from actdump.format import (
 from actdump.inputs import sha256 as file_sha256
 from actdump.plan import Part, Plan
 from actdump.statistics import Statistics, merged
-from actdump.store.files import flush_folder, storage, to_json, write, write_atomically
+from actdump.store.files import storage, to_json, write, write_atomically
 from actdump.store.locks import me
 from actdump.store.standing import done
 from actdump.store.threads import shut_down
@@ -143,11 +144,11 @@ class Pending:
                 return earlier
             self._close()
             os.replace(self.hidden, self.final)
-            flush_folder(self.final.parent)
         part = self.part
         rows = {name: int(offsets[-1]) for name, offsets in self.offsets.items()}
         place = part.number, self.plan.digest, part.first, part.prompts, part.tokens
         shard = Shard(*place, self.layout.size, digest, rows, statistics, written)
+        # What flushes the record's name flushes the shard's; a record whose shard is not there counts for nothing.
         write_atomically(self.folder.record(part.number), to_json(shard_to_json(shard)))
         return shard
 
@@ -202,31 +203,48 @@ class Writer:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="actdump-writer")
         self._waiting: deque[Future[Any]] = deque()
+        self._held: Callable[[], None] | None = None
         self._failed = False
 
     def do(self, task: Callable[..., Any], *args: Any) -> None:
         """Let the thread do this; waits while too much is waiting there."""
+        self.let_go()
+        self._submit(partial(task, *args))
+
+    def hold(self, task: Callable[..., Any], *args: Any) -> None:
+        """Let the thread do this when the next call of `let_go`, `do` or `finish` comes."""
+        self.let_go()
+        self._held = partial(task, *args)
+
+    def let_go(self) -> None:
+        """Let the thread do what was held."""
+        if self._held is not None:
+            task, self._held = self._held, None
+            self._submit(task)
+
+    def _submit(self, task: Callable[[], Any]) -> None:
         while self._waiting and (len(self._waiting) >= AHEAD or self._waiting[0].done()):
             self._waiting.popleft().result()
-        self._waiting.append(self._thread.submit(self._run, task, *args))
+        self._waiting.append(self._thread.submit(self._run, task))
 
     def flush(self, shard: Pending) -> None:
         """Let the thread flush a shard that wants it, if it has nothing else to do: its waiting for the disk costs nobody time."""
         if shard.wants_flush and all(task.done() for task in self._waiting):
             self.do(shard.flush)
 
-    def _run(self, task: Callable[..., Any], *args: Any) -> None:
+    def _run(self, task: Callable[[], Any]) -> None:
         """Do a task, unless one before it failed: what follows may build on it, as a seal does on the rows."""
         if self._failed:
             return
         try:
-            task(*args)
+            task()
         except BaseException:
             self._failed = True
             raise
 
     def finish(self) -> None:
         """Return when all is done."""
+        self.let_go()
         while self._waiting:
             self._waiting.popleft().result()
 
@@ -237,21 +255,15 @@ class Writer:
         shut_down(self._thread, cancel=kind is not None)
 
 
-def gathered(folder: Folder, plan: Plan, made: Mapping[str, Any]) -> Manifest:
-    """The manifest of a dump whose parts are all done, from their records; not yet written.
-
-    Raises:
-        DataError: a part is not done.
-    """
-    shards = [done(folder, part, plan.digest) for part in plan.parts]
-    missing = [part.number for part, shard in zip(plan.parts, shards, strict=True) if shard is None]
-    if missing:
-        raise DataError(f"{folder.root}: parts {missing[:10]} are not done, so the dump cannot be sealed")
-    found = tuple(shard for shard in shards if shard is not None)
+def gathered(folder: Folder, plan: Plan) -> Manifest | None:
+    """The manifest of a dump whose parts are all done, from their records, before it says how it was made; `None` if one is not."""
+    found = [shard for part in plan.parts if (shard := done(folder, part, plan.digest)) is not None]
+    if len(found) < len(plan.parts):
+        return None
     size = sum(shard.bytes for shard in found)
     statistics = {name: merged([shard.statistics[name] for shard in found]) for name in found[0].statistics}
     bare = tuple(replace(shard, statistics={}, written={}) for shard in found)
-    return Manifest(plan.digest, plan.columns, bare, plan.prompts, plan.tokens, size, statistics, plan.facts, made)
+    return Manifest(plan.digest, plan.columns, bare, plan.prompts, plan.tokens, size, statistics, plan.facts, {})
 
 
 def seal(folder: Folder, manifest: Manifest) -> None:

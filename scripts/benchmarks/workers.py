@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,9 +14,9 @@ from threading import current_thread, main_thread
 from time import perf_counter, thread_time
 from typing import Any
 
-from actdump import store
+from actdump import plan, store
 from actdump.spec import Spec
-from actdump.store import shards
+from actdump.store import shards, standing
 from benchmarks import child
 from benchmarks.rounds import Figure, Goal, in_turns, ratio, timed, times
 from benchmarks.running import Dumping, spec_of
@@ -33,6 +34,8 @@ OVERHEAD = (
     (store.Intake, "place"),
     (store.Intake, "commit"),
     (store, "done"),
+    (standing, "done"),
+    (shards, "done"),
     (shards, "write_atomically"),
 )
 
@@ -47,8 +50,17 @@ def measure(setting: Setting) -> Iterator[Figure]:
 
 
 def _spec(setting: Setting, prompts: Prompts, dtype: str, parts: int) -> Spec:
-    tokens = max(prompts.tokens // parts, 1)
-    return spec_of(A, {"name": str(FOLDER), "dtype": dtype}, setting.saved(prompts), shard={"tokens": tokens})
+    shard = {"tokens": _tokens_for(prompts, parts)}
+    return spec_of(A, {"name": str(FOLDER), "dtype": dtype}, setting.saved(prompts), shard=shard)
+
+
+def _tokens_for(prompts: Prompts, parts: int) -> int:
+    """The fewest tokens of a part with which prompts come to no more than so many parts."""
+
+    def count(tokens: int) -> int:
+        return len(plan.parts((), prompts.lengths, most_bytes=sys.maxsize, most_tokens=tokens))
+
+    return bisect_left(range(prompts.tokens), -parts, key=lambda tokens: -count(tokens))
 
 
 def _two_workers(setting: Setting, prompts: Prompts, dtype: str) -> Iterator[Figure]:
