@@ -18,6 +18,7 @@ from actdump.errors import ActdumpError, DataError, MissingError, Stopped, Stora
 from actdump.signals import StopSignals, let_go, seconds
 
 if TYPE_CHECKING:
+    from actdump.job import Outcome
     from actdump.spec import Spec
     from actdump.worker import Worker
 
@@ -129,7 +130,7 @@ def run(
     """Run the model over the prompts and write the dump; prints the path of its manifest."""
     signals = StopSignals()
     with _quitting(stopped, log_json, None if dry_run else signals):
-        from actdump import dependencies
+        from actdump import dependencies, views
         from actdump.format import Folder
         from actdump.worker import which
 
@@ -147,10 +148,11 @@ def run(
             else:
                 files = dependencies.of(loaded, spec, time)
                 rules = files.rules(Folder(root).manifest) if depfile is not None else b""
-                manifest = _run(loaded, root, overwrite, repair, this, signals, as_json, quiet)
-                files.date(manifest)
+                outcome = _run(loaded, root, overwrite, repair, this, signals, quiet)
+                files.date(outcome.path)
                 if depfile is not None:
                     dependencies.write(depfile, rules)
+                typer.echo(json.dumps(views.outcome_json(outcome)) if as_json else outcome.path)
 
 
 def _run(
@@ -160,9 +162,8 @@ def _run(
     repair: bool,
     worker: "Worker",
     signals: StopSignals,
-    as_json: bool,
     quiet: bool,
-) -> Path:
+) -> "Outcome":
     from actdump import console, job, views
 
     console.start_logging(quiet)
@@ -177,11 +178,7 @@ def _run(
         console.say(f"{root}: {state}: {counts}, {console.size(manifest.bytes)}, {outcome.seconds:.1f} s")
         if outcome.state == "done" and manifest.audit is not None:
             console.say(f"{root}: {views.audit_words(manifest.audit)}")
-    result = {"state": outcome.state, "manifest": str(outcome.path), "digest": manifest.digest, "prompts": manifest.prompts,
-              "tokens": manifest.tokens, "bytes": manifest.bytes, "seconds": round(outcome.seconds, 3),
-              "audit": views.audit_totals(manifest.audit)}  # fmt: skip
-    typer.echo(json.dumps(result) if as_json else outcome.path)
-    return outcome.path
+    return outcome
 
 
 @app.command()
@@ -259,6 +256,8 @@ def tree(
 
         console.start_logging(quiet=False)
         is_spec = Path(model).suffix in (".yaml", ".yml")
+        if sets and not is_spec:
+            raise UsageError(f"--set changes a spec, and `{model}` is none; write a spec, or leave it out")
         wanted = _load(Path(model), sets, None).model if is_spec else model_spec(model, {})
         found = list(job.modules(wanted, grep=grep, depth=depth))
         if not found:

@@ -109,13 +109,17 @@ def _json_row(line: str, where: str, spec: PromptsSpec) -> _Found:
         value = {"text": value}
     if not isinstance(value, dict):
         raise SpecError(f"{where}: a line must be a JSON object or text, not {json.dumps(value)[:40]}")
+    taken = {"text": spec.text, "messages": spec.text, "input_ids": spec.text} if spec.text != "text" else {}
+    taken |= {"id": spec.id} if spec.id != "id" else {}
+    aside = {name: value[name] for name, field in taken.items() if name in value and name != field}  # plain fields here
     if spec.text != "text":
         value = _renamed_text(value, where, spec.text)
     if spec.id != "id":
         if spec.id not in value:
             raise SpecError(f"{where}: there is no field `{spec.id}`, which `prompts.id` names")
         value = {"id": value[spec.id], **{key: entry for key, entry in value.items() if key not in (spec.id, "id")}}
-    return _plain(value) if _is_plain(value, line) else _checked(value, where)
+    found = _plain(value) if _is_plain(value, line) else _checked(value, where)
+    return found._replace(fields={**found.fields, **aside}) if aside else found
 
 
 def _is_plain(value: Mapping[str, Any], line: str) -> bool:

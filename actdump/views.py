@@ -16,7 +16,7 @@ from actdump.statistics import Statistics
 
 if TYPE_CHECKING:
     from actdump.diff import Comparison, Difference
-    from actdump.job import Explanation, Forecast
+    from actdump.job import Explanation, Forecast, Outcome
     from actdump.store import Status
 
 
@@ -176,6 +176,21 @@ def _early_norms(statistics: Statistics) -> list[str]:
     while norms and norms[-1] == "-":
         norms.pop()
     return norms
+
+
+def outcome_json(outcome: "Outcome") -> dict[str, Any]:
+    """How a run ended, for programs."""
+    manifest = outcome.manifest
+    return {
+        "state": outcome.state,
+        "manifest": str(outcome.path),
+        "digest": manifest.digest,
+        "prompts": manifest.prompts,
+        "tokens": manifest.tokens,
+        "bytes": manifest.bytes,
+        "seconds": round(outcome.seconds, 3),
+        "audit": audit_totals(manifest.audit),
+    }
 
 
 def audit_totals(audit: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -18,14 +18,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 from zoo import FAMILIES
 
+import actdump
 from actdump import engine, job, store
 from actdump import model as models
 from actdump.address import parse
 from actdump.cli import app
 from actdump.engine import site
-from actdump.errors import DataError
+from actdump.errors import DataError, Stopped
 from actdump.inputs import sha256
 from actdump.job import capturing
+from actdump.job.watching import Silent
 from actdump.spec import Spec
 from actdump.tap import Tap
 
@@ -464,6 +466,42 @@ def test_in_bfloat16_a_tap_that_is_off_by_a_tenth_everywhere_is_wrong(block, tmp
 def test_of_hidden_states_the_last_is_no_witness_and_mambas_are_none(family, blocks, heard, tmp_path):
     taps = job.run(spec(model=CASES[family].spec, save=[blocks]), tmp_path / "out").manifest.audit["taps"]
     assert [tap["witnessed"] for tap in taps] == heard
+
+
+def test_a_run_can_be_stopped_in_its_audit(tmp_path):
+    forwards = []
+
+    class Counting(Silent):
+        def step(self, doing):
+            forwards.append(doing)
+
+    with pytest.raises(Stopped):
+        job.run(spec(), tmp_path / "out", watcher=Counting(), stopping=lambda: "auditing" in forwards)
+    assert not (tmp_path / "out/manifest.json").exists()
+    assert job.run(spec(), tmp_path / "out").state == "done"
+
+
+def test_hidden_states_of_several_lists_of_blocks_are_no_witness(tmp_path):
+    config = {
+        "model_type": "funnel", "architectures": ["FunnelModel"], "vocab_size": 40, "block_sizes": [1, 1], "d_model": 16,
+        "n_head": 2, "d_head": 8, "d_inner": 32, "num_decoder_layers": 2,
+    }  # fmt: skip
+    save = ["encoder.blocks[0][*].output", "decoder.layers[*].output"]
+    given = spec(lengths=(9, 5), model={"config": config, "task": "base"}, batch={"prompts": 1}, save=save)
+    taps = job.run(given, tmp_path / "out").manifest.audit["taps"]
+    assert [(tap["witnessed"], tap["wrong"]) for tap in taps] == [(False, 0)] * 3
+
+
+def test_a_mean_is_rounded_once(tmp_path):
+    save = {
+        "mean": {"address": "transformer.h[1].output[0]", "tokens": "mean", "dtype": "float32"},
+        "all": "transformer.h[1].output[0]",
+    }
+    job.run(spec("bfloat16", save=save), tmp_path / "out")
+    dump = actdump.open(tmp_path / "out")
+    for mean, rows in zip(dump["mean"], dump["all"], strict=True):
+        torch.testing.assert_close(mean, rows.double().mean(0).float(), rtol=1e-5, atol=1e-6)
+        assert not torch.equal(mean, mean.bfloat16().float())
 
 
 # ----------------------------------------------------------------------------------------------------- what is chosen

@@ -215,6 +215,7 @@ def test_tree() -> None:
     assert "GPT2Attention" in said.stdout
     assert "wte" not in said.stdout
     assert "h[0]" not in actdump("tree", "spec.yaml", "--depth", "1").stdout
+    assert "--set changes a spec" in actdump("tree", "models/x", "--set", "model.task=base", code=2).stderr
 
 
 def test_show_and_verify() -> None:

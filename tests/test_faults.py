@@ -23,7 +23,7 @@ import actdump
 from actdump import job, model, store, verify
 from actdump.cli import app
 from actdump.errors import ActdumpError, DataError, OccupiedError, Stopped, StorageError
-from actdump.job import lanes, loop
+from actdump.job import lanes, loop, planning
 from actdump.spec import Spec
 
 __all__ = ["forks"]
@@ -225,6 +225,20 @@ def test_a_repair_that_was_stopped_takes_nothing_broken_into_a_new_manifest(answ
             return
         assert states(many(), dump) == "done"
     assert verify.faults(actdump.open(dump)) == []
+    assert contents(dump) == contents(sealed)
+
+
+def test_a_finished_dump_is_repaired_where_the_model_is_run_in_another_way(dump, sealed, monkeypatch):
+    """The mask hangs on the CPU too, and it decides no value."""
+    lose(dump / "shards/00001.safetensors")
+    real = planning.facts_of
+
+    def otherwise(*args):
+        facts = real(*args)
+        return {**facts, "model": {**facts["model"], "masked": not facts["model"]["masked"], "attn_implementation": "eager"}}
+
+    monkeypatch.setattr(planning, "facts_of", otherwise)
+    job.run(many(), dump, repair=True)
     assert contents(dump) == contents(sealed)
 
 

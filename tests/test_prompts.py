@@ -64,9 +64,10 @@ def test_a_json_file(tmp_path: Path) -> None:
 
 
 def test_other_names_of_fields(tmp_path: Path) -> None:
-    lines = [{"q": "one", "key": "a", "text": "kept away"}, {"q": [1, 2], "key": "b", "id": 9}]
+    lines = [{"q": "one", "key": "a", "text": "kept beside"}, {"q": [1, 2], "key": "b", "id": 9, "label": 1}]
     found = from_file(tmp_path / "p.jsonl", "\n".join(map(json.dumps, lines)), text="q", id="key")
     assert [(prompt.content, prompt.id) for prompt in found] == [("one", "a"), ([1, 2], "b")]
+    assert [prompt.fields for prompt in found] == [{"text": "kept beside"}, {"id": 9, "label": 1}]
 
 
 def test_a_field_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:

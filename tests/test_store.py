@@ -499,6 +499,31 @@ def test_a_failed_task_stops_those_that_wait_behind_it():
     assert done == []
 
 
+def test_what_went_wrong_is_raised_until_somebody_heeds_it():
+    """A run takes a lack of memory for that of a batch in hand, and goes on."""
+
+    def fail():
+        raise MemoryError("no room")
+
+    writer = store.Writer()
+    writer.do(fail)
+    with pytest.raises(MemoryError, match="no room"):
+        writer.finish()
+    for call in (writer.finish, lambda: writer.do(print), writer.finish):
+        with pytest.raises(MemoryError, match="no room"):
+            call()
+    writer.__exit__(None, None, None)
+
+
+def test_no_file_without_a_name_is_among_those_of_prompts_on_their_way(folder):
+    """In NFS one gets a name that nobody knows."""
+    with store.Intake(folder) as intake:
+        intake.add([prompt(0, "x")], [[1, 2]])
+        assert len(list(folder.root.iterdir())) == 3
+        assert all(folder.written_by_us(path) for path in folder.root.iterdir())
+    assert not folder.root.exists()
+
+
 def test_a_shard_without_all_its_rows_is_not_sealed(folder):
     shard = pending(folder, take_in(folder))
     put(shard, [0, 2, 1], [0, 2, 1])

@@ -4,6 +4,7 @@ import copy
 import io
 import operator
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -799,3 +800,51 @@ def test_ids_outside_the_vocabulary_and_what_is_no_module_are_refused(gpt2):
         wrap(gpt2).trace([10**6])
     with pytest.raises(UsageError, match="takes a torch module, not int"):
         wrap(3)
+
+
+def test_an_item_after_input_indexes_the_first_argument(gpt2):
+    model = wrap(gpt2)
+    with model.trace([1, 2, 3]):
+        whole = model.transformer.h[1].input.save()
+        first = model.transformer.h[1].input[0].save()
+        spelled = model.transformer.h[1].inputs[0][0][0].save()
+    assert first.shape == (3, 16)
+    assert torch.equal(first, whole[0])
+    assert torch.equal(first, spelled)
+
+
+def test_a_module_that_is_put_in_the_place_of_another_is_the_one_that_is_seen():
+    module = build("llama")
+    model = wrap(module)
+    for _ in range(2):
+        with model.trace(SEVERAL):
+            saved = model.layers[0].mlp.output.save()
+        for value, ids in zip(saved, SEVERAL, strict=True):
+            same(value, oracle(module, "layers.0.mlp", ids)[0][2], exactly=False)
+        module.layers[0].mlp = nn.Linear(16, 16)
+
+
+class Seeing(nn.Module):
+    """As models of images and text are: the first embedding is not that of the tokens, and the config tells their number elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Embedding(2, 4)
+        self.words = nn.Embedding(40, 4)
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=40))
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def forward(self, input_ids):
+        return self.words(input_ids)
+
+
+def test_the_vocabulary_is_that_of_the_text():
+    module = Seeing()
+    model = wrap(module)
+    with model.trace([5, 39]):
+        value = model.words.output.save()
+    assert torch.equal(value, module.words(torch.tensor([[5, 39]])))
+    with pytest.raises(UsageError, match="0 to 39"):
+        model.trace([40])

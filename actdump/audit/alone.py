@@ -102,10 +102,14 @@ class _Enough(BaseException):
 class _Kept:
     """What one forward shows: for each place what its module held at each call, and the hidden states if they are wanted."""
 
-    def __init__(self, places: Sequence[Place], witness: bool) -> None:
+    def __init__(self, places: Sequence[Place], witness: nn.Module | None) -> None:
+        """
+        Args:
+            witness: the list of blocks whose outputs the hidden states may be.
+        """
         self.wanted = [place.column.call or 0 for place in places]
         self.calls: list[list[Any]] = [[] for _ in places]
-        self.waiting = self.witness = witness and any(place.block is not None for place in places)
+        self.witness, self.waiting = witness, witness is not None
         self.first: Any = None
         self.states: Sequence[Tensor] = ()
 
@@ -130,9 +134,10 @@ class _Kept:
     def blocks(self, value: Tensor) -> list[int]:
         """The blocks whose output a value is, if the hidden states are what the first block was given and what each returned.
 
-        Those of some models (Mamba) are not, and the last is after the final norm; neither is a witness.
+        Those of some models (Mamba) are not, and the last is after the final norm; neither is a witness. Nor are states of more
+        blocks than the list has (Funnel's are of several lists, ALBERT's of one block that runs again and again).
         """
-        if not self.states or not _equal(self.states[0], self.first):
+        if self.witness is None or len(self.states) != len(self.witness._modules) + 1 or not _equal(self.states[0], self.first):
             return []
         return [block for block, state in enumerate(self.states[1:]) if _equal(state, value)]
 
@@ -176,14 +181,14 @@ def run(
     Raises:
         DataError: a place does not hold what its column says.
     """
-    kept = _forward(model, places, ids, _Kept(places, witness and _tells_states(model)), noise)
+    kept = _forward(model, places, ids, _Kept(places, _blocks(model, places) if witness else None), noise)
     found = [_follow(place, calls) for place, calls in zip(places, kept.calls, strict=True)]
     values = [_as_stored(place, value, index, len(ids)) for place, (value, index) in zip(places, found, strict=True)]
     return Alone(values, [value.dtype for value, _ in found], [kept.blocks(value) for value, _ in found])
 
 
 def _forward(model: nn.Module, places: Sequence[Place], ids: Sequence[int], kept: _Kept, noise: Noise | None) -> _Kept:
-    options = {"output_hidden_states": True} if kept.witness else {}
+    options = {"output_hidden_states": True} if kept.waiting else {}
     embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), model)
     device = next(iter(embedding.parameters()), torch.empty(0)).device
     with ExitStack() as stack, torch.no_grad(), suppress(_Enough):
@@ -192,18 +197,22 @@ def _forward(model: nn.Module, places: Sequence[Place], ids: Sequence[int], kept
             stack.enter_context(_disturbed(model, noise))
         for number, place in enumerate(places):
             stack.callback(_hooked(place.module, place.address.port, partial(kept.seen, number)).remove)
-        for block in {place.path.rpartition(".")[0] for place in places if kept.witness and place.block is not None}:
-            stack.callback(_hooked(model.get_submodule(f"{block}.0"), "input", kept.begun).remove)
-        if kept.witness:
+        if kept.witness is not None:
+            stack.callback(_hooked(next(kept.witness.children()), "input", kept.begun).remove)
             stack.callback(_hooked(getattr(model, "base_model", model), "output", kept.returned).remove)
         model(input_ids=torch.tensor([list(ids)], device=device), **options)
     return kept
 
 
-def _tells_states(model: nn.Module) -> bool:
-    """Whether a forward can be asked for its hidden states: remote code may not know the word."""
+def _blocks(model: nn.Module, places: Sequence[Place]) -> nn.Module | None:
+    """The list of blocks whose outputs are among the places, if it is one, and if a forward can be asked for its hidden states.
+
+    Remote code may not know the word.
+    """
     taken = signature(model.forward).parameters.values()
-    return any(each.name == "output_hidden_states" or each.kind is Parameter.VAR_KEYWORD for each in taken)
+    told = any(each.name == "output_hidden_states" or each.kind is Parameter.VAR_KEYWORD for each in taken)
+    lists = {place.path.rpartition(".")[0] for place in places if place.block is not None}
+    return model.get_submodule(lists.pop()) if told and len(lists) == 1 else None
 
 
 def _hooked(module: nn.Module, port: Port, seen: Callable[[Any], None]) -> Any:
@@ -260,7 +269,7 @@ def _disturbed(model: nn.Module, noise: Noise) -> Iterator[None]:
 
 
 def _follow(place: Place, calls: Sequence[Any]) -> tuple[Tensor, list[Item]]:
-    """The tensor at an address, on the CPU, and the items that index it. A bare tensor counts as a tuple of one."""
+    """The tensor at an address, on the CPU, and the items that index it. After `output`, a bare tensor counts as a tuple of one."""
     items = list(place.address.items)
     if place.column.call is None and len(calls) > 1:
         raise DataError(
@@ -271,7 +280,7 @@ def _follow(place: Place, calls: Sequence[Any]) -> tuple[Tensor, list[Item]]:
         held = calls[place.column.call or 0]
         if place.address.port in ("input", "output"):
             if isinstance(held, Tensor):
-                items = items[1:] if items and isinstance(items[0], Nth) else items
+                items = items[1:] if place.address.port == "output" and items and isinstance(items[0], Nth) else items
             elif not items or isinstance(items[0], Index):
                 items.insert(0, Nth(0))
         while items and not isinstance(held, Tensor):
@@ -312,7 +321,7 @@ def _as_stored(place: Place, value: Tensor, index: Sequence[Item], tokens: int) 
 def _selected(value: Tensor, axis: int, tokens: str) -> Tensor:
     """The tokens that a selection keeps, every axis kept: the address indexes after it as it would have before."""
     if tokens == "mean":
-        return value.double().mean(axis, keepdim=True).to(value.dtype)
+        return value.double().mean(axis, keepdim=True)
     return value[(slice(None),) * axis + (picked(tokens, value.shape[axis]),)]
 
 

@@ -1,6 +1,6 @@
 """The audit: prompts run alone, compared with what the files of a dump hold."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import inf
 from time import monotonic
@@ -81,12 +81,13 @@ def to_json(audit: Audit) -> dict[str, Any]:
     return plain
 
 
-def compare(dump: Dump, model: nn.Module, choice: Choice) -> Audit:
+def compare(dump: Dump, model: nn.Module, choice: Choice, check_stop: Callable[[], None] = lambda: None) -> Audit:
     """Run the chosen prompts of a dump alone, and compare.
 
     Args:
         dump: a finished one, or one that is about to be sealed.
         model: in evaluation mode, on its device.
+        check_stop: called before each forward; it raises to end the audit.
 
     Raises:
         AddressError: the model does not have the modules of the dump's taps.
@@ -97,7 +98,7 @@ def compare(dump: Dump, model: nn.Module, choice: Choice) -> Audit:
     ids = {number: dump.shard_of(number).prompt(TOKENS, number).tolist() for number in choice.numbers}
     shortest = min(ids, key=lambda number: len(ids[number]))  # its forward goes to the end, the others stop at the last tap
     for number in ids:
-        _compare(dump, model, tallies, number, ids[number], witness=number == shortest)
+        _compare(dump, model, tallies, number, ids[number], check_stop, witness=number == shortest)
     faults = tuple(fault for tally in tallies for fault in tally.faults)
     seconds = round(monotonic() - began, 3)
     return Audit(choice.numbers, choice.padded, tuple(tally.result for tally in tallies), seconds, faults)
@@ -126,9 +127,17 @@ class _Tallying:
 
 
 def _compare(
-    dump: Dump, model: nn.Module, tallies: Sequence[_Tallying], number: int, ids: Sequence[int], *, witness: bool
+    dump: Dump,
+    model: nn.Module,
+    tallies: Sequence[_Tallying],
+    number: int,
+    ids: Sequence[int],
+    check_stop: Callable[[], None],
+    *,
+    witness: bool,
 ) -> None:
     """Run one prompt alone, and class each of its tokens at every tap."""
+    check_stop()
     places = [tally.place for tally in tallies]
     plain = alone.run(model, places, ids, witness=witness)
     doubtful: dict[int, Tensor] = {}
@@ -143,7 +152,7 @@ def _compare(
         if witness:
             _hear(tally, plain.witnesses[at])
     limits = [tally.limit for tally in tallies]
-    for at, moves in _movement(model, places, ids, plain, doubtful, limits).items():
+    for at, moves in _movement(model, places, ids, plain, doubtful, limits, check_stop).items():
         _class(dump, tallies[at], number, len(ids), doubtful[at], moves)
 
 
@@ -185,12 +194,14 @@ def _movement(
     plain: Alone,
     doubtful: Mapping[int, Tensor],
     limits: Sequence[float],
+    check_stop: Callable[[], None],
 ) -> dict[int, _Movement]:
     """How far the model itself moves each token of the doubtful taps, until that explains them."""
     moves: dict[int, _Movement] = {}
     for seed, scale in enumerate(SCALES):
         if all(at in moves and moves[at].explains(found, limits[at]).all() for at, found in doubtful.items()):
             break
+        check_stop()
         moved = alone.run(model, places, ids, noise=Noise(seed, scale))
         for at in doubtful:
             value = moved.values[at]

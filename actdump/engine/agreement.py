@@ -44,6 +44,7 @@ def verified(run: Site | Fault, alone: Tensor | None, batch: Tensor | None, wide
 def _unlikeness(alone: Tensor, batch: Tensor, wide: bool) -> str | None:
     """How two values of one prompt differ more than another batch shape explains; `None` where they do not."""
     strays = 0.0 if wide else STRAYS
+    alone, batch = alone.cpu(), batch.cpu()  # not every accelerator knows float64
     if not alone.is_floating_point():
         share = (alone != batch).double().mean().item() if alone.numel() else 0.0
         return f"{share:.0%} of the integers differ" if share > strays else None

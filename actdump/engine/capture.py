@@ -191,7 +191,16 @@ def _by_index(site: Site, value: Tensor, padded: Padded) -> Tensor:
     """The fast way, for `(batch, token, …)` and `(batch*token, …)`: one gather."""
     leading = 1 if cast(tuple[Axis, ...], site.axes)[0].token else 2
     rows = value.reshape(-1, *value.shape[leading:]).index_select(0, padded.index(site.selection, value.device))
-    return rows if site.selection != "mean" else torch.stack([one.mean(0) for one in torch.split(rows, list(padded.lengths))])
+    return (
+        rows
+        if site.selection != "mean"
+        else torch.stack([_mean(site, one, 0) for one in torch.split(rows, list(padded.lengths))])
+    )
+
+
+def _mean(site: Site, value: Tensor, axis: int) -> Tensor:
+    """Rounded once: to the storage type, where that is the wider one."""
+    return value.mean(axis, dtype=site.dtype if site.dtype.itemsize > value.dtype.itemsize else value.dtype)
 
 
 def _one_value(site: Site, value: Tensor, shape: tuple[int, int], row: int, length: int) -> Tensor:
@@ -205,5 +214,5 @@ def _one_value(site: Site, value: Tensor, shape: tuple[int, int], row: int, leng
     if axis is None or selection == "all":
         return one
     if selection == "mean":
-        return one.mean(axis)
+        return _mean(site, one, axis)
     return one.index_select(axis, torch.tensor(positions(selection, length), dtype=torch.long, device=one.device))

@@ -58,13 +58,13 @@ def _as_arguments(result: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def read(tap: Tap, held: Any) -> tuple[Any, tuple[Item, ...]]:
     """Follow the address into what its port held, as far as a tensor; return it and the items left, which index the tensor.
 
-    A bare tensor counts as a tuple of one, and a port without an item is the first value of a tuple.
+    After `output`, a bare tensor counts as a tuple of one; a port without an item is the first value of a tuple.
     """
     value, items = held, tap.address.items
     if tap.address.port in ("input", "output"):
         first = items[0] if items else None
         if isinstance(value, Tensor):
-            if isinstance(first, Nth):
+            if tap.address.port == "output" and isinstance(first, Nth):
                 if first.number not in (0, -1):
                     raise Unfit(
                         f"there is no [{first.number}]: the port held {described(held)}, which counts as a tuple of one; "

@@ -68,7 +68,7 @@ class Measured:
         norms = self.norms.double().numpy()
         finite = self.shape[0] * self.shape[1] - int(nonfinite)
         mean = total / finite if finite else 0.0
-        spread = norms.dot(norms) / finite - mean**2 if finite else 0.0
+        spread = norms.dot(norms) / finite - mean * mean if finite else 0.0
         flat = self.layout.flat
         rows, sums = self.early.summed(norms) if self.early is not None else ([], [])
         return Statistics(

@@ -1,6 +1,7 @@
 """Sites and feeds: a tap bound to a module, its axes, and how to run the model on token ids."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import Parameter, signature
@@ -74,7 +75,9 @@ class Site:
         """Whether a bare tensor at the port is the value."""
         first = self.tap.address.items[0] if self.tap.address.items else None
         whole = first is None or isinstance(first, Index) or (isinstance(first, Nth) and first.number in (0, -1))
-        return self.tap.address.port in ("input", "output") and whole
+        return (self.tap.address.port == "output" and whole) or (
+            self.tap.address.port == "input" and not isinstance(first, Nth)
+        )
 
     @cached_property
     def wanted(self) -> int:
@@ -185,14 +188,21 @@ def feed_for(model: nn.Module, pad: int | None = None) -> Feed:
             f"{type(model).__name__} takes {', '.join(parameters) or 'no arguments'}, not `input_ids`, "
             "so it cannot be run on prompts"
         )
-    embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
-    config = getattr(model, "config", None)
-    vocabulary = getattr(config, "vocab_size", None) or (embedding.num_embeddings if embedding is not None else 2)
+    embedding, config = _token_embedding(model), cast(Any, getattr(model, "config", None))
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary = cast(int, getattr(text, "vocab_size", None) or getattr(embedding, "num_embeddings", 2))
     if pad is None:
         pad = getattr(config, "pad_token_id", None)
     accepts = frozenset(name for name, parameter in parameters.items() if parameter.kind != Parameter.VAR_KEYWORD)
     place = next(iter((embedding or model).parameters()), torch.empty(0))
     return Feed(place.device, vocabulary, pad if pad is not None and 0 <= pad < vocabulary else 0, accepts, State(model))
+
+
+def _token_embedding(model: nn.Module) -> nn.Module | None:
+    """What looks tokens up, as transformers tells it; of other modules the first embedding. Models of images have others before."""
+    with suppress(AttributeError, NotImplementedError):
+        return cast(nn.Module, cast(Any, model).get_input_embeddings())
+    return next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
 
 
 # --------------------------------------------------------------------------------------------------------------------- binding

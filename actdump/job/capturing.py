@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from actdump import store
-from actdump.errors import ActdumpError, DataError
+from actdump.errors import DataError
 from actdump.job.bound import Bound
 from actdump.job.lanes import Lanes
 from actdump.job.memory import Room
@@ -40,7 +40,7 @@ def write_parts(job: Job, plan: Plan, bound: Bound, crew: store.Crew, around: Ma
                     counts = _capture_part(job, plan, lanes, room, filling)
                     # Beside it, the lock and the file of the next part would wait for the disk, and the model for them.
                     writer.hold(_seal, shard, claim, filling.seen, {**around, **counts})
-        except ActdumpError:
+        except Exception:
             writer.finish()  # a part that is whole is finished
             raise
 
@@ -169,7 +169,7 @@ class _Arrival:
 
 def _nonfinite(rows: "Rows", count: int) -> str:
     values = zip(rows.padded.batch.numbers, rows.each(), strict=True)
-    prompt = next(number for number, value in values if not value.isfinite().all())
+    prompt = next(number for number, value in values if not value.float().isfinite().all())
     return (
         f"{rows.site.tap.name}: the model itself made {count} values NaN or infinite in one batch, some of them for "
         f"prompt {prompt}; try another `model.dtype`, or keep them with `nonfinite: report`"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from actdump import prompts, store
-from actdump.errors import SpecError
+from actdump.errors import MissingError, SpecError
 from actdump.job.bound import Bound
 from actdump.job.underway import patiently
 from actdump.job.watching import Watcher
@@ -31,6 +31,8 @@ def standard_input(spec: Spec, check_stop: Callable[[], None] = lambda: None) ->
     if spec.prompts.file != "-":
         yield None
         return
+    if sys.stdin is None:
+        raise MissingError("prompts: standard input is closed; pipe the prompts in, or name a file")
     with tempfile.TemporaryDirectory(prefix="actdump-") as place:
         path = Path(place) / "stdin"
         patiently(lambda: _copy(sys.stdin.buffer, path), check_stop)

@@ -14,7 +14,7 @@ from actdump.job.feeding import cut, tokenised, tokenizer_for
 from actdump.job.repair import look_over
 from actdump.job.standing import standing
 from actdump.job.underway import Job
-from actdump.plan import Plan, make
+from actdump.plan import Plan, digest, make
 from actdump.spec import ModelSpec, Spec
 
 if TYPE_CHECKING:
@@ -150,11 +150,12 @@ def take_in(
         bound = bound or loaded(job, source)
         parts = cut(job.spec, bound, intake.lengths, job.stdin)
         intake.place(parts)
+        facts = facts_of(job.spec, bound, job.patiently(hashes), intake.facts)
         if found is None and not crew.locks:  # another worker may have made the plan in the meantime
             found = standing(job)
-        facts = facts_of(job.spec, bound, job.patiently(hashes), intake.facts)
-        plan = make(facts, bound.columns, parts, found.budget if found else budget_for(job.spec, bound))
-        if found is not None and plan.digest != found.digest:
+        plan = found or make(facts, bound.columns, parts, budget_for(job.spec, bound))
+        # How the model is run may be another here (the mask, the attention kernel); a plan that is there stays.
+        if plan.parts != parts or _taken_in(plan.facts) != _taken_in(facts):
             raise DataError(
                 f"{folder.root}: the prompts' tokens are not those of the plan in the folder; use the versions that made it"
             )
@@ -167,6 +168,11 @@ def take_in(
             store.clear(folder, plan)
         intake.commit(plan if found is None else None, job.sources.stamps, plan_to_json)
     return plan, bound
+
+
+def _taken_in(facts: Mapping[str, Any]) -> str:
+    """The digest of what a plan was made from, but for how the model is run."""
+    return digest({**facts, "model": None})
 
 
 def facts_of(spec: Spec, bound: Bound, hashes: Mapping[str, str], taken: Mapping[str, Any]) -> dict[str, Any]:

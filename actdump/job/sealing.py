@@ -60,11 +60,10 @@ def _audited(job: Job, plan: Plan, bound: Bound, gathered: Manifest) -> dict[str
         return None
     from actdump import audit
 
-    job.check_stop()
     job.watcher.step("auditing")
     dump = Dump(job.folder, gathered)
     with memory("the audit", "the parts are done, so `--set audit=0` seals the dump without one"):
-        found = audit.compare(dump, bound.module, audit.choose(dump, plan, job.spec.audit))
+        found = audit.compare(dump, bound.module, audit.choose(dump, plan, job.spec.audit), job.check_stop)
     if found.faults:
         raise DataError(
             f"{found.told}\n{job.folder.root}: the audit found values that are not those of the prompts run alone, so the dump is "

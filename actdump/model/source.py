@@ -125,8 +125,9 @@ def _read_by_the_model(config: Any) -> set[str]:
 
 def _code(config: Any) -> str:
     """The source of the model that a config is for, where it is one of transformers' own."""
-    model = MODEL_MAPPING.get(type(config), None)
-    return "" if model is None else getsource(sys.modules[model.__module__])
+    known = MODEL_MAPPING.get(type(config), ())  # of a few (Funnel) several
+    models = known if isinstance(known, tuple) else (known,)
+    return "".join(map(getsource, {sys.modules[model.__module__] for model in models}))
 
 
 def _default_task(config: Any) -> str:

@@ -11,6 +11,8 @@ from actdump.errors import StorageError
 from actdump.format import TEMPORARY, WORKER, Folder, temporary
 from actdump.store.locks import Lock, NoLocksError, gone, me
 
+PIECE = 1 << 30  # bytes written at once; macOS refuses more than 2 GiB
+
 
 @contextmanager
 def storage(path: Path, doing: str = "written") -> Iterator[None]:
@@ -56,7 +58,8 @@ def flush_folder(path: Path) -> None:
 def write(descriptor: int, content: bytes | memoryview, offset: int | None = None) -> None:
     view = memoryview(content).cast("B")
     while view:
-        written = os.write(descriptor, view) if offset is None else os.pwrite(descriptor, view, offset)
+        piece = view[:PIECE]
+        written = os.write(descriptor, piece) if offset is None else os.pwrite(descriptor, piece, offset)
         offset = None if offset is None else offset + written
         view = view[written:]
 

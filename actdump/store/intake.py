@@ -9,7 +9,6 @@ from contextlib import suppress
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Self
 
 from actdump.errors import SpecError
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
+SPOOL = "prompts"  # what the lines are kept in until the shards are known
 LINES = 1024  # lines of prompts.jsonl written at a time
 _GAP = "\t"  # stands for a line's shard until that is known; JSON text holds no other tab
 _json = json.JSONEncoder(ensure_ascii=False).encode
@@ -44,12 +44,11 @@ class Intake:
         self.tokens_hash, self.lines_hash, self.lines_bytes = sha256(), sha256(), 0
         self.tokens = self._open(folder.tokens)
         self.lines = self._open(folder.prompts)
-        with storage(folder.root):
-            self.spool = TemporaryFile(dir=folder.root)  # noqa: SIM115 # closed with the others
+        self.spool = self._open(folder.root / SPOOL)  # a file without a name gets one of its own in NFS, which is nobody's
 
     def _open(self, final: Path) -> Any:
         with storage(final):
-            return temporary(final, me()).open("wb")
+            return temporary(final, me()).open("w+b")
 
     def add(self, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> None:
         """Take the next prompts.
@@ -107,7 +106,7 @@ class Intake:
         for file in (self.spool, self.tokens, self.lines):
             with suppress(OSError):  # a full disk, which was told before, or will not be missed
                 file.close()
-        for final in (self.folder.tokens, self.folder.prompts):
+        for final in (self.folder.tokens, self.folder.prompts, self.folder.root / SPOOL):
             temporary(final, me()).unlink(missing_ok=True)
         with suppress(OSError):  # it holds something
             self.folder.root.rmdir()

@@ -204,7 +204,7 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="actdump-writer")
         self._waiting: deque[Future[Any]] = deque()
         self._held: Callable[[], None] | None = None
-        self._failed = False
+        self._failure: BaseException | None = None
 
     def do(self, task: Callable[..., Any], *args: Any) -> None:
         """Let the thread do this; waits while too much is waiting there."""
@@ -225,6 +225,7 @@ class Writer:
     def _submit(self, task: Callable[[], Any]) -> None:
         while self._waiting and (len(self._waiting) >= AHEAD or self._waiting[0].done()):
             self._waiting.popleft().result()
+        self._check()
         self._waiting.append(self._thread.submit(self._run, task))
 
     def flush(self, shard: Pending) -> None:
@@ -234,19 +235,25 @@ class Writer:
 
     def _run(self, task: Callable[[], Any]) -> None:
         """Do a task, unless one before it failed: what follows may build on it, as a seal does on the rows."""
-        if self._failed:
+        if self._failure is not None:
             return
         try:
             task()
-        except BaseException:
-            self._failed = True
+        except BaseException as failure:
+            self._failure = failure
             raise
+
+    def _check(self) -> None:
+        """Raise what went wrong, again and again: whoever got it first may have taken it for something of its own."""
+        if self._failure is not None:
+            raise self._failure
 
     def finish(self) -> None:
         """Return when all is done."""
         self.let_go()
         while self._waiting:
             self._waiting.popleft().result()
+        self._check()
 
     def __enter__(self) -> Self:
         return self

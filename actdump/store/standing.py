@@ -39,7 +39,7 @@ def done(folder: Folder, part: Part, digest: str) -> Shard | None:
     try:
         shard = shard_from_json(json.loads(folder.record(part.number).read_bytes()))
         size = folder.shard(part.number).stat().st_size
-    except (OSError, ValueError, KeyError, TypeError, DataError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError):
         return None
     return shard if shard.digest == digest and size == shard.bytes else None
 
@@ -64,7 +64,9 @@ def complete(folder: Folder, plan: Plan) -> bool:
             return False
         sizes = {shard["number"]: shard["bytes"] for shard in manifest["shards"]}
         with os.scandir(folder.shards) as entries:
-            found = {entry.name: entry.stat().st_size for entry in entries}
+            found = {
+                entry.name: entry.stat().st_size for entry in entries if not entry.name.startswith(".")
+            }  # locks come and go
         whole = (found.get(folder.shard(part.number).name) == sizes.get(part.number, -1) for part in plan.parts)
         return all(whole) and all(folder.record(part.number).name in found for part in plan.parts)
     except (OSError, ValueError, KeyError, TypeError):

@@ -180,7 +180,11 @@ def _probed(traced: Traced, taps: Sequence[Tap]) -> tuple[list[Site], Feed]:
             )
     feed = _feed(traced)
     kind = _arithmetic(traced.module, feed)
-    new = [tap for tap in taps if (tap, kind) not in traced.probed]
+    modules = [site.module for site in bind(traced.module, taps)]  # a module may have been put in another's place
+    known = [traced.probed.get((tap, kind)) for tap in taps]
+    new = [
+        tap for tap, found, module in zip(taps, known, modules, strict=True) if found is None or found[0].module is not module
+    ]
     if new:
         found = probe(traced.module, bind(traced.module, new), feed)
         try:
