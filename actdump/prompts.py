@@ -52,6 +52,9 @@ def read(spec: PromptsSpec, stdin: Path | None = None) -> Iterator[Prompt]:
         raise SpecError(f"{'standard input' if spec.file == '-' else spec.file}: there are no prompts in it")
 
 
+_CONTENT = {"text", "messages", "input_ids"}  # what a row calls its prompt
+
+
 class _Found(NamedTuple):
     """A row that was checked."""
 
@@ -109,17 +112,23 @@ def _json_row(line: str, where: str, spec: PromptsSpec) -> _Found:
         value = {"text": value}
     if not isinstance(value, dict):
         raise SpecError(f"{where}: a line must be a JSON object or text, not {json.dumps(value)[:40]}")
-    taken = {"text": spec.text, "messages": spec.text, "input_ids": spec.text} if spec.text != "text" else {}
-    taken |= {"id": spec.id} if spec.id != "id" else {}
-    aside = {name: value[name] for name, field in taken.items() if name in value and name != field}  # plain fields here
+    given, aside = value, {name: value[name] for name in _freed(spec) if name in value}
     if spec.text != "text":
         value = _renamed_text(value, where, spec.text)
     if spec.id != "id":
-        if spec.id not in value:
+        if spec.id not in given:
             raise SpecError(f"{where}: there is no field `{spec.id}`, which `prompts.id` names")
-        value = {"id": value[spec.id], **{key: entry for key, entry in value.items() if key not in (spec.id, "id")}}
+        dropped = {"id", spec.id} - (_CONTENT if spec.text != "text" else set())
+        value = {"id": given[spec.id], **{key: entry for key, entry in value.items() if key not in dropped}}
     found = _plain(value) if _is_plain(value, line) else _checked(value, where)
     return found._replace(fields={**found.fields, **aside}) if aside else found
+
+
+def _freed(spec: PromptsSpec) -> set[str]:
+    """The names that have no meaning of their own in a row, because the spec names other fields: what stands there is the user's."""
+    content = _CONTENT if spec.text != "text" else set()
+    name = {"id"} if spec.id != "id" else set()
+    return (content | name) - {spec.text, spec.id}
 
 
 def _is_plain(value: Mapping[str, Any], line: str) -> bool:
@@ -154,7 +163,7 @@ def _renamed_text(value: dict[str, Any], where: str, name: str) -> dict[str, Any
     kind = "text"
     if isinstance(content, list):
         kind = "input_ids" if all(type(entry) is int for entry in content) else "messages"
-    rest = {key: entry for key, entry in value.items() if key not in (name, "text", "messages", "input_ids")}
+    rest = {key: entry for key, entry in value.items() if key not in (name, *_CONTENT)}
     return {kind: content, **rest}
 
 

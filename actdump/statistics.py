@@ -38,10 +38,9 @@ def merged(parts: Sequence[Statistics]) -> Statistics:
     counts = [part.values - part.nonfinite for part in parts]
     rows = [part.rows for part in parts]
     mean = _weighed(counts, [part.mean for part in parts])
-    spread = _weighed(counts, [part.std**2 + (part.mean - mean) ** 2 for part in parts])
-    positions = range(max(len(part.rows_by_position) for part in parts))
-    each = [[_at(part.rows_by_position, place) for part in parts] for place in positions]
-    norms = [[_at(part.norm_by_position, place) for part in parts] for place in positions]
+    spread = _weighed(counts, [part.std * part.std + (part.mean - mean) * (part.mean - mean) for part in parts])
+    each = list(zip(*(part.rows_by_position for part in parts), strict=True))
+    norms = list(zip(*(part.norm_by_position for part in parts), strict=True))
     return Statistics(
         rows=sum(rows),
         values=sum(part.values for part in parts),
@@ -58,10 +57,6 @@ def merged(parts: Sequence[Statistics]) -> Statistics:
 def _weighed(weights: Sequence[float], values: Sequence[float]) -> float:
     total = math.fsum(weights)
     return math.fsum(weight * value for weight, value in zip(weights, values, strict=True)) / total if total else 0.0
-
-
-def _at(values: Sequence[Any], place: int) -> Any:
-    return values[place] if place < len(values) else 0
 
 
 def statistics_to_json(statistics: Mapping[str, Statistics]) -> dict[str, Any]:

@@ -68,6 +68,8 @@ def test_other_names_of_fields(tmp_path: Path) -> None:
     found = from_file(tmp_path / "p.jsonl", "\n".join(map(json.dumps, lines)), text="q", id="key")
     assert [(prompt.content, prompt.id) for prompt in found] == [("one", "a"), ([1, 2], "b")]
     assert [prompt.fields for prompt in found] == [{"text": "kept beside"}, {"id": 9, "label": 1}]
+    (swapped,) = from_file(tmp_path / "p.jsonl", '{"q": "one", "text": "a"}', text="q", id="text")
+    assert (swapped.content, swapped.id, swapped.fields) == ("one", "a", {})
 
 
 def test_a_field_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
