@@ -342,7 +342,7 @@ def test_rows_that_never_came_end_in_65(tmp_path, spec_file, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["00001.safetensors", "00001.json"])
-def test_a_part_that_vanishes_is_made_again_or_the_run_fails(name, tmp_path, sealed, spec_file, monkeypatch):
+def test_a_part_that_vanishes_is_made_again_and_at_last_the_run_fails(name, tmp_path, sealed, spec_file, monkeypatch):
     seal_part, seal_dump = store.Pending.seal, loop.seal
 
     def during(self, *words):
@@ -350,18 +350,28 @@ def test_a_part_that_vanishes_is_made_again_or_the_run_fails(name, tmp_path, sea
             (self.folder.shards / name).unlink(missing_ok=True)
         return seal_part(self, *words)
 
-    def at_the_end(job, *words):
-        (job.folder.shards / name).unlink()
-        return seal_dump(job, *words)
+    def at_the_end(times):
+        left = iter(range(times))
+
+        def remove(job, *words):
+            if next(left, None) is not None:
+                (job.folder.shards / name).unlink()
+            return seal_dump(job, *words)
+
+        return remove
 
     with monkeypatch.context() as patch:
         patch.setattr(store.Pending, "seal", during)
         command("run", spec_file, "-o", tmp_path / "during", code=0)
     assert contents(tmp_path / "during") == contents(sealed)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "seal", at_the_end)
+        patch.setattr(loop, "seal", at_the_end(times=2))
+        command("run", spec_file, "-o", tmp_path / "end", code=0)
+    assert contents(tmp_path / "end") == contents(sealed)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "seal", at_the_end(times=9))
         said = command("run", spec_file, "-o", tmp_path / "out", code=65)
-    assert "parts [1] are not done" in said
+    assert "gone, again and again" in said
     assert not (tmp_path / "out/manifest.json").exists()
     command("run", spec_file, "-o", tmp_path / "out", code=0)
     assert contents(tmp_path / "out") == contents(sealed)

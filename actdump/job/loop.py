@@ -24,6 +24,8 @@ from actdump.plan import Plan
 from actdump.spec import Spec
 from actdump.worker import Worker
 
+TRIES = 3  # to seal: another worker that repairs can give up parts that were done
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -103,8 +105,11 @@ def _go_on(job: Job) -> Outcome:
                 give_up(job, plan)
             check_finite(job.spec, job.folder, store.statistics(job.folder, plan))
             around = circumstances(bound)
-            while not _sealed(job, plan, bound, crew, around):
-                pass  # another worker repairs, and gave up parts that were done
-            return _ended(job, "done")
+            for _ in range(TRIES):
+                if _sealed(job, plan, bound, crew, around):
+                    return _ended(job, "done")
+            raise DataError(
+                f"{job.folder.root}: parts that were done are gone, again and again; does anything remove files there?"
+            )
     finally:
         gc.unfreeze()
