@@ -112,7 +112,8 @@ def _json_row(line: str, where: str, spec: PromptsSpec) -> _Found:
         value = {"text": value}
     if not isinstance(value, dict):
         raise SpecError(f"{where}: a line must be a JSON object or text, not {json.dumps(value)[:40]}")
-    given, aside = value, {name: value[name] for name in _freed(spec) if name in value}
+    freed = _freed(spec)
+    given, aside = value, {name: entry for name, entry in value.items() if name in freed}  # in the order of the line
     if spec.text != "text":
         value = _renamed_text(value, where, spec.text)
     if spec.id != "id":

@@ -267,16 +267,24 @@ def explanation(root: Path, found: "Explanation") -> list[str]:
 
 def status_facts(status: "Status") -> list[tuple[str, str]]:
     """How far a dump is."""
-    unsealed = not (status.complete or status.working or status.missing)
     hands = ", ".join(f"{hand.part} (process {hand.process} on {hand.host})" for hand in status.working)
     return [
-        ("state", "complete" if status.complete else "unfinished" + ": all parts are done, the same run seals it" * unsealed),
+        ("state", _state(status)),
         ("prompts", f"{status.prompts_done:,} of {status.prompts:,} done"),
         ("parts", f"{status.parts:,}"),
         ("done", _numbers(status.done)),
         *([("in hand", f"{len(status.working):,}: {hands}")] if status.working else []),
         *([("missing", _numbers(status.missing))] if status.missing else []),
     ]
+
+
+def _state(status: "Status") -> str:
+    if status.complete:
+        return "complete"
+    if status.sealed:
+        return "damaged: sealed, but records of its parts cannot be read; `run --repair` makes those parts again"
+    waits = not (status.working or status.missing)
+    return "unfinished" + ": all parts are done, the same run seals it" * waits
 
 
 def _numbers(numbers: Sequence[int]) -> str:

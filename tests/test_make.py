@@ -291,6 +291,11 @@ def test_status_counts_parts_done_and_missing():
     assert run() == "done"
     Path("out/manifest.json").unlink()
     assert "all parts are done" in actdump("status", "out", code=75).stdout
+    assert run() == "done"
+    Path("out/shards/00001.json").write_text("")
+    said = actdump("status", "out", code=75).stdout
+    for words in ("damaged", "--repair", "4 of 6", "1: 1"):
+        assert words in said
     Path("out/plan.json").unlink()
     assert "no plan.json" in actdump("status", "out", code=66).stderr
 

@@ -68,6 +68,9 @@ def test_other_names_of_fields(tmp_path: Path) -> None:
     found = from_file(tmp_path / "p.jsonl", "\n".join(map(json.dumps, lines)), text="q", id="key")
     assert [(prompt.content, prompt.id) for prompt in found] == [("one", "a"), ([1, 2], "b")]
     assert [prompt.fields for prompt in found] == [{"text": "kept beside"}, {"id": 9, "label": 1}]
+    line = '{"id": 1, "input_ids": 2, "text": 3, "q": "one", "messages": 4, "key": "a"}'
+    (free,) = from_file(tmp_path / "p.jsonl", line, text="q", id="key")
+    assert list(free.fields.items()) == [("id", 1), ("input_ids", 2), ("text", 3), ("messages", 4)]  # as in every process
     (swapped,) = from_file(tmp_path / "p.jsonl", '{"q": "one", "text": "a"}', text="q", id="text")
     assert (swapped.content, swapped.id, swapped.fields) == ("one", "a", {})
 

@@ -191,11 +191,9 @@ def _by_index(site: Site, value: Tensor, padded: Padded) -> Tensor:
     """The fast way, for `(batch, token, …)` and `(batch*token, …)`: one gather."""
     leading = 1 if cast(tuple[Axis, ...], site.axes)[0].token else 2
     rows = value.reshape(-1, *value.shape[leading:]).index_select(0, padded.index(site.selection, value.device))
-    return (
-        rows
-        if site.selection != "mean"
-        else torch.stack([_mean(site, one, 0) for one in torch.split(rows, list(padded.lengths))])
-    )
+    if site.selection != "mean":
+        return rows
+    return torch.stack([_mean(site, one, 0) for one in torch.split(rows, list(padded.lengths))])
 
 
 def _mean(site: Site, value: Tensor, axis: int) -> Tensor:

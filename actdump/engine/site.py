@@ -200,7 +200,7 @@ def feed_for(model: nn.Module, pad: int | None = None) -> Feed:
 
 def _token_embedding(model: nn.Module) -> nn.Module | None:
     """What looks tokens up, as transformers tells it; of other modules the first embedding. Models of images have others before."""
-    with suppress(AttributeError, NotImplementedError):
+    with suppress(AttributeError, NotImplementedError):  # no model of transformers, or one that does not tell (CANINE)
         return cast(nn.Module, cast(Any, model).get_input_embeddings())
     return next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
 

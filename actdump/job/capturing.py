@@ -40,8 +40,8 @@ def write_parts(job: Job, plan: Plan, bound: Bound, crew: store.Crew, around: Ma
                     counts = _capture_part(job, plan, lanes, room, filling)
                     # Beside it, the lock and the file of the next part would wait for the disk, and the model for them.
                     writer.hold(_seal, shard, claim, filling.seen, {**around, **counts})
-        except Exception:
-            writer.finish()  # a part that is whole is finished
+        except Exception:  # whatever ends the run, a part that is whole is finished; a second Ctrl-C does not wait
+            writer.finish()
             raise
 
 

@@ -23,6 +23,7 @@ class Status:
 
     Attributes:
         complete: every part is done, and the dump is sealed.
+        sealed: it is sealed, and a run finds it up to date; but for what only a look into each record or shard can tell.
         prompts, tokens: how many there are; `prompts_done`: those in parts that are done.
         parts: how many there are.
         done, missing: numbers of parts; a part in hand is in neither.
@@ -30,6 +31,7 @@ class Status:
     """
 
     complete: bool
+    sealed: bool
     prompts: int
     tokens: int
     prompts_done: int
@@ -57,8 +59,10 @@ def status(folder: Folder) -> Status:
     finished = {part.number: part for part in plan.parts if done(folder, part, plan.digest)}
     working = tuple(Hand(part, *who) for part, who in sorted(at_work(folder).items()) if part not in finished)
     held = {hand.part for hand in working}
+    sealed = complete(folder, plan)
     return Status(
-        complete(folder, plan),
+        sealed and len(finished) == len(plan.parts),
+        sealed,
         plan.prompts,
         plan.tokens,
         sum(part.prompts for part in finished.values()),
