@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from zoo import FAMILIES
 
 import actdump
-from actdump import engine, job, store
+from actdump import audit, engine, job, store
 from actdump import model as models
 from actdump.address import parse
 from actdump.cli import app
@@ -236,7 +236,7 @@ PLANTED = {
     "positions shifted": Planted(positions_shifted),
     "layer off by one": Planted(layer_off_by_one),
     "two rows swapped": Planted(two_rows_swapped),
-    "two prompts swapped": Planted(two_prompts_swapped),
+    "two prompts swapped": Planted(two_prompts_swapped, spec={"lengths": (9, 7, 7, 3)}),  # all are audited
     "live view": Planted(live_view, spec={"lengths": (7, 7, 7, 7)}, model=overwriting),
     "saturating cast": Planted(
         saturating_cast, spec={"save": {"block": {"address": SAVE["block"], "dtype": "float16"}}}, model=overflowing
@@ -276,6 +276,7 @@ def test_weights_of_another_seed_are_found(tmp_path, monkeypatch):
     with monkeypatch.context() as planted:
         seed = torch.manual_seed
         planted.setattr(torch, "manual_seed", lambda number: seed(number + 1))
+        planted.setattr(models, "fingerprint", lambda _: json.loads((out / "plan.json").read_text())["facts"]["model"]["weights"])
         with pytest.raises(DataError) as stopped:
             job.run(wanted, out)
     assert_told(str(stopped.value), "block")
@@ -546,6 +547,14 @@ def test_a_model_that_moved_is_named_and_one_that_changed_is_refused(folder):
     assert "model.safetensors differs (sha256)" in audited(folder / "out", "--model", folder / "other", code=65)
     (folder / "moved/notes.txt").write_text("of no weight")
     assert audited(folder / "out", "--model", folder / "moved")
+
+
+def test_random_weights_drawn_otherwise_say_nothing_of_a_dump(tmp_path, monkeypatch):
+    job.run(spec(), tmp_path / "out")
+    seed = torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda number: seed(number + 1))
+    with pytest.raises(DataError, match="so this says nothing of its values"):
+        audit.finished(tmp_path / "out", 2)
 
 
 def test_what_cannot_be_audited_is_said(folder):

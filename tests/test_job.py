@@ -13,7 +13,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import actdump
 from actdump import inputs, job, store
@@ -355,6 +355,31 @@ def test_another_spec_does_not_go_on_with_an_unfinished_dump(tmp_path):
         job.run(make_spec(30, shard={"tokens": 40}, tokens="last"), tmp_path / "out")
 
 
+def test_other_random_weights_do_not_go_on_with_a_dump(tmp_path, monkeypatch):
+    spec = make_spec(30, shard={"tokens": 40})
+    with pytest.raises(Stopped):
+        job.run(spec, tmp_path / "out", **stop_after(3, tmp_path / "out"))
+    with monkeypatch.context() as later:  # what another version of torch or transformers could do
+        seed = torch.manual_seed
+        later.setattr(torch, "manual_seed", lambda number: seed(number + 1))
+        with pytest.raises(DataError, match="the model's weights are not those of the plan"):
+            job.run(spec, tmp_path / "out")
+    assert states(spec, tmp_path / "out") == "done"
+
+
+def test_weights_that_a_checkpoint_lacks_are_the_same_in_every_process(tmp_path):
+    config = AutoConfig.for_model(
+        "bert", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=100
+    )
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "bert")  # which has no pooler
+    spec = make_spec(4, model={"name": str(tmp_path / "bert"), "task": "base"}, save=["pooler.output"])
+    for turn, name in enumerate(("one", "other")):
+        torch.manual_seed(turn)
+        job.run(spec, tmp_path / name)
+        assert torch.initial_seed() == turn  # the caller's
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+
+
 def lose(path):
     path.unlink()
 
@@ -420,7 +445,7 @@ HUB = """
 import os
 from pathlib import Path
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 config, place = AutoConfig.for_model(**{config!r}), Path(os.environ["HF_HUB_CACHE"], "models--org--tiny")
 for number, commit in enumerate(("a" * 40, "b" * 40)):
     torch.manual_seed(number)

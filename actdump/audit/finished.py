@@ -4,6 +4,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import nn
+
 from actdump import inputs, model, reader, store, verify
 from actdump.audit.choice import Choice, choose
 from actdump.audit.comparison import Audit, compare
@@ -50,10 +52,17 @@ def finished(path: Path, count: int, *, place: str | None = None, step: Callable
     step("auditing")
     found = compare(dump, module, choice)
     if found.faults:
-        raise DataError(
-            f"{found.told}\n{path}: the audit found values that are not those of the prompts run alone: do not use them"
-        )
+        raise DataError(f"{found.told}\n{path}: {_verdict(dump.manifest, module)}")
     return found
+
+
+def _verdict(manifest: Manifest, module: nn.Module) -> str:
+    if manifest.facts["model"].get("weights") != model.fingerprint(module):
+        return (
+            "the model's weights here are not those that the dump was made with (random ones hang on the versions of torch and "
+            "transformers and on the kind of CPU), so this says nothing of its values"
+        )
+    return "the audit found values that are not those of the prompts run alone: do not use them"
 
 
 def _plan(dump: Dump) -> Plan:

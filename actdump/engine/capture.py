@@ -82,7 +82,7 @@ def _ran(model: nn.Module, feed: Feed, catch: "_Catch") -> bool:
         changed = feed.state.restored()
     if changed and not catch.padded.even:
         return False
-    catch.check()
+    catch.finish()
     return True
 
 
@@ -93,29 +93,34 @@ class _Catch:
         self.sites = sites
         self.padded = padded
         self.sink = sink
-        self.plain = sink is None and padded.even
-        self.calls = [0] * len(sites)
         self.rows: list[Rows | None] = [None] * len(sites)
-        self.missing = set(range(len(sites)))
+        self._calls = [0] * len(sites)
+        self._wanted = [site.wanted for site in sites]
+        self._plain = [sink is None and padded.even and site.plain for site in sites]
+        self._copies: list[tuple[int, Tensor]] = []
+        self._missing = set(range(len(sites)))
 
     def seen(self, place: int, held: Any) -> None:
-        site, call = self.sites[place], self.calls[place]
-        self.calls[place] = call + 1
-        if call != site.wanted:
+        call = self._calls[place]
+        self._calls[place] = call + 1
+        if call != self._wanted[place]:
             return
-        plain = self.plain and site.plain and isinstance(held, Tensor) and held.dtype == site.dtype
-        if plain and held.shape == self.padded.shape(site):
-            rows = Rows(site, self.padded, held.clone())  # at once: in a small forward every function call shows
+        if self._plain[place] and isinstance(held, Tensor):  # looked at afterwards: in a small forward every line here shows
+            self._copies.append((place, held.clone()))
         else:
-            value = held if site.bare and isinstance(held, Tensor) else read(site.tap, held)[0]
-            rows = self._kept(site, _gathered(site, value, self.padded))
+            self._take(place, held)
+        self._missing.remove(place)
+        if not self._missing:
+            raise Stop
+
+    def _take(self, place: int, held: Any) -> None:
+        site = self.sites[place]
+        value = held if site.bare and isinstance(held, Tensor) else read(site.tap, held)[0]
+        rows = self._kept(site, _gathered(site, value, self.padded))
         if self.sink is None:
             self.rows[place] = rows
         else:
             self.sink(rows)
-        self.missing.remove(place)
-        if not self.missing:
-            raise Stop
 
     def _kept(self, site: Site, computed: Tensor) -> Rows:
         """Rows in their storage type; measured if they are on their way, or if the cast could make them infinite; and landed."""
@@ -135,12 +140,20 @@ class _Catch:
             rows.measured = rows.measured.moved(_landed)
         rows.ready = _side_stream(device).record_event() if device.type == "cuda" else None
 
-    def check(self) -> None:
-        """Raises:
-        DataError: a site did not fire.
+    def finish(self) -> None:
+        """Look at what was only copied.
+
+        Raises:
+            DataError: a site did not fire, or what it held has another shape than the probe promised.
         """
-        for place in self.missing:
+        for place in self._missing:
             raise DataError(f"{self.sites[place].tap.name}: its module did not run in this forward, though it did in the probe")
+        for place, copy in self._copies:
+            site = self.sites[place]
+            if copy.dtype == site.dtype and copy.shape == self.padded.shape(site):
+                self.rows[place] = Rows(site, self.padded, copy)
+            else:
+                self._take(place, copy)
 
 
 def _narrower(rows: Tensor, computed: Tensor) -> bool:

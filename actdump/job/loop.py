@@ -96,11 +96,7 @@ def _go_on(job: Job) -> Outcome:
             plan, bound = planned(job, crew)
             if bound is None:
                 return _ended(job, "up to date")
-            if plan.columns != bound.columns:
-                raise DataError(
-                    f"{job.folder.root}: the model's shapes are not those of the plan in the folder; "
-                    "use the versions that made it"
-                )
+            _check_same(job, plan, bound)
             with crew.deciding(job.check_stop):
                 give_up(job, plan)
             check_finite(job.spec, job.folder, store.statistics(job.folder, plan))
@@ -113,3 +109,22 @@ def _go_on(job: Job) -> Outcome:
             )
     finally:
         gc.unfreeze()
+
+
+def _check_same(job: Job, plan: Plan, bound: Bound) -> None:
+    """Make sure that what is to be made fits to what is there.
+
+    Raises:
+        DataError: the model is another one than the plan was made with.
+    """
+    from actdump import model
+
+    if plan.columns != bound.columns:
+        raise DataError(
+            f"{job.folder.root}: the model's shapes are not those of the plan in the folder; use the versions that made it"
+        )
+    if plan.facts["model"].get("weights") != model.fingerprint(bound.module):
+        raise DataError(
+            f"{job.folder.root}: the model's weights are not those of the plan in the folder; use the versions of actdump, torch "
+            "and transformers that made it (random weights hang on the kind of CPU too), or remove the folder"
+        )

@@ -176,6 +176,8 @@ def _taken_in(facts: Mapping[str, Any]) -> str:
 
 
 def facts_of(spec: Spec, bound: Bound, hashes: Mapping[str, str], taken: Mapping[str, Any]) -> dict[str, Any]:
+    from actdump import model
+
     config: Any = bound.module.config
     return {
         "spec": spec.decisive(),
@@ -188,5 +190,6 @@ def facts_of(spec: Spec, bound: Bound, hashes: Mapping[str, str], taken: Mapping
             "dtype": str(bound.module.dtype).removeprefix("torch."),
             "attn_implementation": getattr(config, "_attn_implementation", None),
             "masked": bound.feed.masked,
+            "weights": model.fingerprint(bound.module),
         },
     }

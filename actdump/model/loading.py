@@ -1,5 +1,6 @@
 """A model with its weights, or as a skeleton without them, on its device."""
 
+import hashlib
 import logging
 import os
 import platform
@@ -17,6 +18,8 @@ from actdump.model.hub import hub_options, quiet, wording
 from actdump.model.source import Source
 
 log = logging.getLogger(__name__)
+
+FINGER = 64  # how many values of a weight its fingerprint looks at
 
 CLASSES = {"causal-lm": AutoModelForCausalLM, "masked-lm": AutoModelForMaskedLM, "base": AutoModel}
 
@@ -39,15 +42,23 @@ def load(source: Source) -> nn.Module:
     if device.type == "cpu":
         avoid_faulty_amx()
         _warn_of_slow(source.dtype)
-    if spec.config is not None:
-        torch.manual_seed(spec.seed)
-        model = _random(source)
-    else:
-        model = _loaded(source)
+    with torch.random.fork_rng(devices=[]):  # the caller's own random numbers go on
+        torch.manual_seed(spec.seed)  # for a checkpoint too: weights that it lacks are drawn
+        model = _random(source) if spec.config is not None else _loaded(source)
     if spec.device_map is None:
         with wording(spec):
             model = model.to(device)
     return model.eval()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 of the first values of every weight, which tells random weights that were drawn otherwise."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        if weight.device.type != "meta":  # one that `device_map` left on disk
+            digest.update(name.encode())
+            digest.update(weight.detach().flatten()[:FINGER].cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _random(source: Source) -> nn.Module:
@@ -72,7 +83,7 @@ def _loaded(source: Source) -> nn.Module:
     with quiet(), wording(spec):
         model, info = CLASSES[source.task].from_pretrained(str(spec.folder or spec.name), **hub_options(spec), **options)
     if missing := sorted(info["missing_keys"]):
-        log.warning("the checkpoint has no weights for %s: they are random, and so is all that they compute", _some(missing))
+        log.warning("the checkpoint has no weights for %s: they are random (`model.seed`), and so is all that they compute", _some(missing))
     result: nn.Module = model
     return result
 
