@@ -57,7 +57,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, weight in model.named_parameters():
         if weight.device.type != "meta":  # one that `device_map` left on disk
             digest.update(name.encode())
-            digest.update(weight.detach().flatten()[:FINGER].cpu().view(torch.uint8).numpy())
+            digest.update(weight.detach().flatten()[:FINGER].cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -83,7 +83,10 @@ def _loaded(source: Source) -> nn.Module:
     with quiet(), wording(spec):
         model, info = CLASSES[source.task].from_pretrained(str(spec.folder or spec.name), **hub_options(spec), **options)
     if missing := sorted(info["missing_keys"]):
-        log.warning("the checkpoint has no weights for %s: they are random (`model.seed`), and so is all that they compute", _some(missing))
+        log.warning(
+            "the checkpoint has no weights for %s: they are random (`model.seed`), and so is all that they compute",
+            _some(missing),
+        )
     result: nn.Module = model
     return result
 
