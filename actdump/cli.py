@@ -62,9 +62,6 @@ def _quitting(stopped: int = Stopped.code, log_json: bool = False, signals: Stop
         _quit(str(error), stopped if isinstance(error, Stopped) else error.code)
     except KeyboardInterrupt:
         _quit("interrupted" if signals is None else "interrupted; the same command goes on", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from None
     except OSError as error:  # where no path was ours to word: a name that is too long, a full disk behind stdout
         _quit(f"{error.filename or 'the output'}: {error.strerror}", StorageError.code)
 
@@ -130,7 +127,7 @@ def run(
     """Run the model over the prompts and write the dump; prints the path of its manifest."""
     signals = StopSignals()
     with _quitting(stopped, log_json, None if dry_run else signals):
-        from actdump import dependencies, views
+        from actdump import console, dependencies, views
         from actdump.format import Folder
         from actdump.worker import which
 
@@ -152,7 +149,7 @@ def run(
                 files.date(outcome.path)
                 if depfile is not None:
                     dependencies.write(depfile, rules)
-                typer.echo(json.dumps(views.outcome_json(outcome)) if as_json else outcome.path)
+                console.answer(json.dumps(views.outcome_json(outcome)) if as_json else outcome.path)
 
 
 def _run(
@@ -200,7 +197,7 @@ def _show_forecast(spec: "Spec", root: Path | None, as_json: bool, quiet: bool) 
     place = root or Path()
     free = store.free_space(place)
     if as_json:
-        typer.echo(json.dumps(views.forecast_json(forecast, free)))
+        console.answer(json.dumps(views.forecast_json(forecast, free)))
         return
     views.show(views.forecast_table(forecast))
     console.out.print()
@@ -218,7 +215,7 @@ def explain(spec: SpecFile, output: Output = None, sets: Sets = None, limit: Lim
         with _located(loaded):
             found = job.explain(loaded, root)
         if as_json:
-            typer.echo(json.dumps({"state": found.state, "reasons": found.reasons}))
+            console.answer(json.dumps({"state": found.state, "reasons": found.reasons}))
             return
         for line in views.explanation(root, found):
             console.out.print(line)
@@ -230,12 +227,12 @@ def status(
 ) -> None:
     """Say how far a dump is: parts done, in hand and missing; exit code 0 only when it is complete, and 75 before."""
     with _quitting():
-        from actdump import store, views
+        from actdump import console, store, views
         from actdump.format import Folder
 
         found = store.status(Folder(out))
         if as_json:
-            typer.echo(json.dumps(asdict(found)))
+            console.answer(json.dumps(asdict(found)))
         else:
             views.show(views.facts_table(views.status_facts(found)))
         if not found.complete:
@@ -273,7 +270,7 @@ def show(out: Folder, as_json: Json = False) -> None:
 
         dump = reader.open_dump(out)
         if as_json:
-            typer.echo(dump.folder.manifest.read_text(encoding="utf-8"), nl=False)
+            console.answer(dump.folder.manifest.read_text(encoding="utf-8"), nl=False)
             return
         views.show(views.facts_table(views.manifest_facts(dump.manifest)))
         console.out.print()
@@ -292,7 +289,7 @@ def verify(out: Folder) -> None:
         dump = reader.open_dump(out)
         if faults := verify.faults(dump):
             raise DataError("\n".join(faults))
-        typer.echo(f"{out}: whole: {console.counted(len(dump.manifest.shards), 'shard')}, {dump.manifest.bytes:,} bytes")
+        console.answer(f"{out}: whole: {console.counted(len(dump.manifest.shards), 'shard')}, {dump.manifest.bytes:,} bytes")
 
 
 @app.command()
@@ -310,7 +307,7 @@ def audit(
         with console.Bar() as bar:
             found = audit.to_json(audit.finished(out, count, place=model, step=bar.step))
         if as_json:
-            typer.echo(json.dumps(found))
+            console.answer(json.dumps(found))
             return
         views.show(views.audit_table(found))
         console.out.print(f"{out}: {views.audit_words(found)}")
@@ -330,14 +327,14 @@ def diff(
 
         found = diff.compare(reader.open_dump(first), reader.open_dump(second), diff.Limits(atol, rtol))
         if as_json:
-            typer.echo(json.dumps(diff.to_json(found)))
+            console.answer(json.dumps(diff.to_json(found)))
         elif found.taps:
             views.show(views.difference_table(found))
         if found.faults:
             raise DataError("\n".join(found.faults))
         if not as_json:
             counts = f"{console.counted(found.prompts, 'prompt')}, {console.counted(len(found.taps), 'tap')}"
-            typer.echo(f"{first} and {second}: the same within atol {atol:g} or rtol {rtol:g}: {counts}")
+            console.answer(f"{first} and {second}: the same within atol {atol:g} or rtol {rtol:g}: {counts}")
 
 
 @app.command()
@@ -358,7 +355,7 @@ def sbatch(
 ) -> None:
     """Print a SLURM job script that runs a spec: actdump sbatch SPEC --time 1:00:00 | sbatch."""
     with _quitting():
-        from actdump import slurm
+        from actdump import console, slurm
 
         loaded = _load(spec, sets, limit)
         _root(loaded, output)
@@ -373,16 +370,17 @@ def sbatch(
             *["--log-json"] * log_json,
         ]  # fmt: skip
         job = slurm.Job(command, str(Path.cwd()), spec.stem, time, array, gpus, requeue, tuple(words or ()))
-        typer.echo(slurm.script(job), nl=False)
+        console.answer(slurm.script(job), nl=False)
 
 
 @app.command()
 def schema() -> None:
     """Print the JSON schema of the spec, for editors."""
     with _quitting():
+        from actdump import console
         from actdump.spec import Spec
 
-        typer.echo(json.dumps(Spec.model_json_schema(), indent=1))
+        console.answer(json.dumps(Spec.model_json_schema(), indent=1))
 
 
 def main() -> None:

@@ -6,16 +6,29 @@ import os
 from collections.abc import Sequence
 from datetime import datetime
 from time import monotonic
-from typing import Literal
+from typing import Any, Literal
 
+import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
 from actdump.plan import Part, Plan
 
-out = Console(highlight=False, soft_wrap=True, markup=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+class Output(Console):
+    """A console for plain text. If its reader goes away, nothing more is shown, and the command goes on to an end of its own."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+out = Output(soft_wrap=True)
+err = Output(soft_wrap=True, stderr=True)
 EVERY = 10.0  # seconds between lines of progress where there is no terminal
 _form: Literal["plain", "dated", "json"] = "plain"  # of the lines on stderr
 
@@ -24,6 +37,14 @@ def choose_form(as_json: bool) -> None:
     """Write lines for a log from here on: JSON where asked for; with the time in a SLURM job, whose log nobody watches."""
     global _form
     _form = "json" if as_json else "dated" if "SLURM_JOB_ID" in os.environ and not err.is_terminal else "plain"
+
+
+def answer(text: object, *, nl: bool = True) -> None:
+    """What a command was asked for, on stdout, just as it is."""
+    try:
+        typer.echo(text, nl=nl)
+    except BrokenPipeError:
+        out.on_broken_pipe()
 
 
 def say(message: str, level: str = "info", **numbers: float) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
 from actdump.errors import DataError, MissingError, UsageError, did_you_mean
 from actdump.format import OFFSETS, TOKENS, Folder, Manifest, Shard, manifest_from_json
@@ -262,11 +262,18 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.dump)
 
+    def _file(self) -> BinaryIO:
+        path = self.dump.folder.prompts
+        try:
+            return path.open("rb")
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}; `actdump run --repair` makes it again") from None
+
     @cached_property
     def _places(self) -> list[int]:
         """Where each line begins."""
         places = [0]
-        with self.dump.folder.prompts.open("rb") as file:
+        with self._file() as file:
             for line in file:
                 places.append(places[-1] + len(line))
         return places[:-1]
@@ -274,7 +281,7 @@ class Prompts:
     @cached_property
     def numbers(self) -> dict[str, int]:
         """The number of each prompt by its id, in order."""
-        with self.dump.folder.prompts.open("rb") as file:
+        with self._file() as file:
             return {(line := json.loads(text))["id"]: line["number"] for text in file}
 
     def number(self, id: str) -> int:
@@ -289,7 +296,7 @@ class Prompts:
 
     def __getitem__(self, key: int | str) -> PromptRecord:
         number = _number(key, self.dump)
-        with self.dump.folder.prompts.open("rb") as file:
+        with self._file() as file:
             file.seek(self._places[number])
             line = json.loads(file.readline())
         tokens = self.dump.shard_of(number).prompt(TOKENS, number).tolist()

@@ -5,11 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from actdump.console import counted, size
+from actdump.console import Output, counted, size
 from actdump.format import Manifest
 from actdump.plan import Column
 from actdump.statistics import Statistics
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 def show(content: Table) -> None:
     """A table on stdout at its full width: a wrapped line can be read, a cut one cannot."""
-    Console(highlight=False, markup=False, width=1000).print(content)
+    Output(width=1000).print(content)
 
 
 def _plain_table(*headings: str, right: Sequence[str] = ()) -> Table:

@@ -237,6 +237,11 @@ def test_explain_names_every_difference(tmp_path):
         "state": "stale",
         "reasons": ["`model.seed` was not given and is 3", "`dtype` was not given and is float16"],
     }
+    many = explained(
+        "--set", f"model.config={json.dumps({'model_type': 'gpt2', **{f'key{number}': 1 for number in range(30)}})}"
+    )
+    assert len(many["reasons"]) == 21
+    assert many["reasons"][-1] == "and more"
     with Path("prompts.jsonl").open("a") as file:
         file.write('{"input_ids": [1]}\n')
     assert explained() == {"state": "stale", "reasons": ["the prompt file has changed"]}

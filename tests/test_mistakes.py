@@ -490,6 +490,18 @@ def test_a_text_that_is_too_long_is_an_error_or_cut() -> None:
     assert json.loads(Path("out/manifest.json").read_text())["tokens"] == 2 + 4
 
 
+def test_a_max_length_beyond_the_models_positions_is_tried_out() -> None:
+    longer = {"input_ids": list(range(65))}
+    said = run(GOOD.replace("[4, 5]", str(longer["input_ids"])) + "tokenizer: {max_length: 65}\n")
+    assert said.code == 2
+    assert "tokenizer.max_length: the longest prompt has 65 tokens, the model's config allows 64" in said.err
+    assert nothing_finished()
+    llama = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+             "num_key_value_heads": 1, "vocab_size": 100, "max_position_embeddings": 64}  # fmt: skip
+    rotary = {"model": {"config": llama}, "prompts": [longer], "save": ["model.layers[0].output"], "output": "rotary"}
+    assert run(json.dumps({**rotary, "tokenizer": {"max_length": 65}})).code == 0
+
+
 @pytest.mark.parametrize("wrong", [100, -1])
 def test_a_token_that_is_not_in_the_vocabulary(wrong: int) -> None:
     said = run(GOOD.replace("[4, 5]", f"[4, {wrong}]"))

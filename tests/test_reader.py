@@ -219,6 +219,15 @@ def test_opening_reads_no_shard(damaged):
         dump["pooled"][0]
 
 
+def test_prompts_that_are_gone_are_told(damaged):
+    (damaged / "prompts.jsonl").unlink()
+    dump = actdump.open(damaged)
+    assert dump["pooled"][0] is not None
+    for look in (lambda: dump.prompts[0], lambda: dump["pooled"]["0"], lambda: list(dump.prompts)):
+        with pytest.raises(DataError, match=r"prompts\.jsonl: No such file or directory; `actdump run --repair`"):
+            look()
+
+
 # ------------------------------------------------------------------------------------------------------- what is no dump
 
 

@@ -169,6 +169,12 @@ def test_the_prompt_file_is_substituted(read, monkeypatch: pytest.MonkeyPatch) -
     assert spec.prompts.file == "data/p.txt"
 
 
+def test_the_names_of_fields_and_formats_are_substituted(read, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIELD", "question")
+    spec = read("model: m\nprompts: {file: p, text: '${FIELD}', id: '${KEY:-key}', format: jsonl}\nsave: [norm.output]\n")
+    assert (spec.prompts.text, spec.prompts.id) == ("question", "key")
+
+
 def test_every_unset_variable_is_told_at_once(read) -> None:
     text = SHORT.replace("some/model", "${NOT_THERE_1}").replace("out/eiffel", "${NOT_THERE_2}")
     with pytest.raises(SpecError) as caught:

@@ -57,7 +57,7 @@ def finished(path: Path, count: int, *, place: str | None = None, step: Callable
 
 
 def _verdict(manifest: Manifest, module: nn.Module) -> str:
-    if manifest.facts["model"].get("weights") != model.fingerprint(module):
+    if model.other_weights(manifest.facts["model"], module):
         return (
             "the model's weights here are not those that the dump was made with (random ones hang on the versions of torch and "
             "transformers and on the kind of CPU), so this says nothing of its values"

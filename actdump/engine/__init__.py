@@ -13,6 +13,7 @@ from actdump.engine.padded import Padded, positions
 from actdump.engine.probe import probe
 from actdump.engine.rows import Rows
 from actdump.engine.site import Feed, Site, bind, feed_for
+from actdump.engine.tiny import try_out
 from actdump.engine.twin import breaking_off, twin
 from actdump.engine.whole import capture_whole
 
@@ -33,5 +34,6 @@ __all__ = [
     "positions",
     "probe",
     "stream",
+    "try_out",
     "twin",
 ]

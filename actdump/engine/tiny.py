@@ -79,3 +79,12 @@ def outputs(model: nn.Module) -> list[Site]:
     """The outputs of all modules."""
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
     return bind(model, [Tap(path, parse(f"{path}.output" if path else "output")) for path in paths])
+
+
+def try_out(model: nn.Module, feed: Feed, tokens: int) -> None:
+    """Run a prompt of so many tokens.
+
+    Raises:
+        UsageError: it does not run.
+    """
+    observe(model, [], feed, torch.full((1, tokens), feed.pad))

@@ -123,8 +123,8 @@ def _check_same(job: Job, plan: Plan, bound: Bound) -> None:
         raise DataError(
             f"{job.folder.root}: the model's shapes are not those of the plan in the folder; use the versions that made it"
         )
-    if plan.facts["model"].get("weights") != model.fingerprint(bound.module):
+    if model.other_weights(plan.facts["model"], bound.module):
         raise DataError(
-            f"{job.folder.root}: the model's weights are not those of the plan in the folder; use the versions of actdump, torch "
-            "and transformers that made it (random weights hang on the kind of CPU too), or remove the folder"
+            f"{job.folder.root}: the model's weights are not those of the plan in the folder; use the versions of torch and "
+            "transformers that made it (random weights hang on the kind of CPU too), or remove the folder"
         )

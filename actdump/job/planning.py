@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from actdump import store
-from actdump.errors import DataError, OccupiedError
+from actdump.errors import DataError, OccupiedError, SpecError, UsageError
 from actdump.format import VERSION, plan_to_json
 from actdump.job.bound import Bound, bind, bind_early, budget_for
 from actdump.job.feeding import cut, tokenised, tokenizer_for
@@ -148,6 +148,7 @@ def take_in(
             job.check_stop()
             intake.add(prompts, ids)
         bound = bound or loaded(job, source)
+        _try_longest(bound, max(intake.lengths, default=0))
         parts = cut(job.spec, bound, intake.lengths, job.stdin)
         intake.place(parts)
         facts = facts_of(job.spec, bound, job.patiently(hashes), intake.facts)
@@ -168,6 +169,26 @@ def take_in(
             store.clear(folder, plan)
         intake.commit(plan if found is None else None, job.sources.stamps, plan_to_json)
     return plan, bound
+
+
+def _try_longest(bound: Bound, tokens: int) -> None:
+    """Where `tokenizer.max_length` lets a prompt be longer than the model's config does, see whether it runs, as with rotary positions.
+
+    Raises:
+        SpecError: it does not.
+    """
+    from actdump import engine
+
+    limit = bound.source.positions
+    if limit is None or tokens <= limit:
+        return
+    try:
+        engine.try_out(bound.module, bound.feed, tokens)
+    except UsageError as error:
+        raise SpecError(
+            f"tokenizer.max_length: the longest prompt has {tokens:,} tokens, the model's config allows {limit:,}, and more do not "
+            f"run: {error}; use at most {limit}, or cut what is too long with `truncation: true`"
+        ) from error
 
 
 def _taken_in(facts: Mapping[str, Any]) -> str:

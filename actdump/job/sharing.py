@@ -25,7 +25,8 @@ def shared_out(job: Job, plan: Plan, crew: store.Crew, finish: Callable[[], None
     """
     left = store.missing(job.folder, plan, plan.parts)
     store.check_space(job.folder, sum(part.bytes for part in left) - store.being_written(job.folder))
-    job.watcher.planned(plan, [part for part in plan.parts if part not in set(left)])
+    undone = set(left)
+    job.watcher.planned(plan, [part for part in plan.parts if part not in undone])
     since: float | None = None
     while left:
         own = set()

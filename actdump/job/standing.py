@@ -56,8 +56,8 @@ def found(spec: Spec, folder: Folder, sources: inputs.Inputs) -> Explanation:
         store.check_free(folder, overwrite=False)
         return Explanation("new")
     plan, stamps = loaded
-    if reasons := tuple(islice(_reasons(spec, sources, plan, stamps), MOST)):
-        return Explanation("stale", reasons)
+    if reasons := tuple(islice(_reasons(spec, sources, plan, stamps), MOST + 1)):
+        return Explanation("stale", (*reasons[:MOST], "and more") if len(reasons) > MOST else reasons)
     check_finite(spec, folder, store.statistics(folder, plan))
     return Explanation("up to date" if store.complete(folder, plan) else "unfinished")
 

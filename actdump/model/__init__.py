@@ -1,7 +1,18 @@
 """Models and tokenizers: the only importer of transformers."""
 
-from actdump.model.loading import avoid_faulty_amx, fingerprint, load, pick_device, skeleton
+from actdump.model.loading import avoid_faulty_amx, fingerprint, load, other_weights, pick_device, skeleton
 from actdump.model.source import Source, find
 from actdump.model.tokenizer import load_tokenizer, tokenise
 
-__all__ = ["Source", "avoid_faulty_amx", "find", "fingerprint", "load", "load_tokenizer", "pick_device", "skeleton", "tokenise"]
+__all__ = [
+    "Source",
+    "avoid_faulty_amx",
+    "find",
+    "fingerprint",
+    "load",
+    "load_tokenizer",
+    "other_weights",
+    "pick_device",
+    "skeleton",
+    "tokenise",
+]

@@ -5,7 +5,7 @@ import logging
 import os
 import platform
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,24 @@ def load(source: Source) -> nn.Module:
     return model.eval()
 
 
-def fingerprint(model: nn.Module) -> str:
-    """sha256 of the first values of every weight, which tells random weights that were drawn otherwise."""
+def fingerprint(model: nn.Module) -> str | None:
+    """sha256 of the first values of every weight, which tells random weights that were drawn otherwise.
+
+    `None` where `device_map` left some on disk.
+    """
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
-        if weight.device.type != "meta":  # one that `device_map` left on disk
-            digest.update(name.encode())
-            digest.update(weight.detach().flatten()[:FINGER].cpu().view(torch.uint8).numpy().tobytes())
+        if weight.is_meta:
+            return None
+        digest.update(name.encode())
+        digest.update(weight.detach().flatten()[:FINGER].cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def other_weights(facts: Mapping[str, Any], model: nn.Module) -> bool:
+    """Whether a model is known to have other weights than the one that these facts of a plan tell of."""
+    recorded, found = facts.get("weights"), fingerprint(model)
+    return None not in (recorded, found) and recorded != found
 
 
 def _random(source: Source) -> nn.Module:

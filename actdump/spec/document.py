@@ -108,7 +108,7 @@ class _Document:
 
     def _scalar(self, node: Any, where: Where) -> Any:
         text = node.value
-        if where[:1] != ("prompts",) or where[1:2] in (("file",), ("limit",), ("format",)):
+        if where[:1] != ("prompts",) or not any(isinstance(step, int) for step in where):  # a listed prompt is left as it is
             text = self._substituted(text, where)
         if node.style is not None:
             return text
