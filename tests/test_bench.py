@@ -18,7 +18,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks", *arguments]
     paths = os.pathsep.join([str(ROOT / "scripts"), str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": paths}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+        command, env={**os.environ, "PYTHONPATH": paths}, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900
     )
 
 
@@ -30,26 +30,28 @@ def rounds(monkeypatch):
     return rounds
 
 
+SECTIONS = ["limit", "pairs", "peers", "overhead", "memory", "start", "writing", "planning", "explore", "audit", "workers", "gpu"]
+
+
 def test_sections_end_with_figures_on_the_screen_and_as_json(tmp_path):
     need_model("SmolLM2-135M-Instruct")
     file = tmp_path / "figures.json"
-    sections = ["limit", "pairs", "overhead", "writing", "gpu"]
     before = set((ROOT / "out").glob("bench-*"))
-    done = bench(*sections, "--quick", "--dtype", "float32", "--json", str(file))
+    done = bench(*SECTIONS, "--quick", "--dtype", "float32", "--json", str(file))
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())
-    assert list(found["sections"]) == sections
+    assert list(found["sections"]) == SECTIONS
     assert found["quick"] is True
     assert found["machine"]["torch"]
     assert str(ROOT) not in file.read_text()
-    for section in sections[:4]:
+    for section in SECTIONS[:-1]:  # a GPU is not everywhere
         figures = found["sections"][section]
-        assert figures
+        assert figures, section
         for figure in figures:
             assert figure.keys() >= FIGURES
             assert figure["name"] in done.stdout
         judged = [figure for figure in figures if "goal" in figure]
-        assert judged
+        assert judged or section == "explore"
         assert all(isinstance(figure["met"], bool) for figure in judged)
     ratios = {figure["name"]: figure for figure in found["sections"]["limit"] if figure["unit"] == "×"}
     assert [figure.get("goal") for figure in ratios.values()][:3] == ["at most 1.03", "at most 1.08", "at most 1.03"]
@@ -64,12 +66,7 @@ def test_an_unknown_section_is_refused():
 
 def test_every_section_is_there_to_be_run():
     sections = bench("--help").stdout.split("sections:")[1].split("\n\n")[0].split("\n")
-    names = [line.split()[0] for line in sections if line.startswith("  ")]
-    assert len(names) > 5
-    for name in names:
-        assert (
-            "def measure(setting: Setting) -> Iterator[Figure]:" in (ROOT / "scripts" / "benchmarks" / f"{name}.py").read_text()
-        )
+    assert [line.split()[0] for line in sections if line.startswith("  ")] == SECTIONS
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

@@ -83,13 +83,14 @@ class Dumping:
 
     Attributes:
         before: the seconds of each run for loading the tokenizer, which comes before.
-        probing: of what was timed, the seconds of each run for the probe, however many prompts there are.
+        probing, auditing: of what was timed, the seconds of each run for the probe, however many prompts there are, and for the audit.
     """
 
     spec: Spec
     out: Path
     before: list[float] = field(default_factory=list)
     probing: list[float] = field(default_factory=list)
+    auditing: list[float] = field(default_factory=list)
 
     def __call__(self) -> float:
         watch = Stopwatch()
@@ -104,5 +105,6 @@ class Dumping:
             raise RuntimeError(f"the run was {outcome.state}")
         self.before.append(taken.get(TOKENIZER, 0.0))
         self.probing.append(taken.get(PROBING, 0.0))
+        self.auditing.append((outcome.manifest.audit or {}).get("seconds", 0.0))
         gc.collect()
         return seconds

@@ -24,8 +24,9 @@ from benchmarks.setting import Setting, say
 from benchmarks.subject import FOLDER, A, tokenizer
 from benchmarks.texts import Prompts, mixed
 
-ONE, TWO = "one process, two threads", "two workers, one thread each"
 PARTS_TO_SHARE = 16
+WHOLE = "one process, two threads, one part"
+ONE, TWO = f"one process, two threads, {PARTS_TO_SHARE} parts", f"two workers, one thread each, {PARTS_TO_SHARE} parts"
 PARTS = 200  # of the run whose overhead is measured
 # What is only done so that a run can be shared out, gone on with and described.
 OVERHEAD = (
@@ -60,20 +61,24 @@ def _tokens_for(prompts: Prompts, parts: int) -> int:
     def count(tokens: int) -> int:
         return len(plan.parts((), prompts.lengths, most_bytes=sys.maxsize, most_tokens=tokens))
 
-    return bisect_left(range(prompts.tokens), -parts, key=lambda tokens: -count(tokens))
+    return 1 + bisect_left(range(1, prompts.tokens), -parts, key=lambda tokens: -count(tokens))
 
 
 def _two_workers(setting: Setting, prompts: Prompts, dtype: str) -> Iterator[Figure]:
-    file, out = setting.scratch / "workers.json", setting.scratch / "workers"
-    spec = _spec(setting, prompts, dtype, PARTS_TO_SHARE)
-    file.write_text(json.dumps(spec.model_dump(mode="json", exclude_defaults=True)))
+    out = setting.scratch / "workers"
+    files = {parts: setting.scratch / f"{parts}.json" for parts in (1, PARTS_TO_SHARE)}
+    for parts, file in files.items():
+        spec = _spec(setting, prompts, dtype, parts)
+        file.write_text(json.dumps(spec.model_dump(mode="json", exclude_defaults=True)))
     sides = {
-        ONE: timed(lambda: _run(file, out, threads=2, workers=1)),
-        TWO: timed(lambda: _run(file, out, threads=1, workers=2)),
+        WHOLE: timed(lambda: _run(files[1], out, threads=2, workers=1)),
+        ONE: timed(lambda: _run(files[PARTS_TO_SHARE], out, threads=2, workers=1)),
+        TWO: timed(lambda: _run(files[PARTS_TO_SHARE], out, threads=1, workers=2)),
     }
     taken = in_turns(sides, setting.rounds)
     yield from times(taken, dtype)
     yield ratio(f"{dtype}: two workers / one process", taken, TWO, ONE, Goal("at most", 1.1))
+    yield ratio(f"{dtype}: {PARTS_TO_SHARE} parts / one part", taken, ONE, WHOLE)
 
 
 def _run(spec: Path, out: Path, threads: int, workers: int) -> None:
