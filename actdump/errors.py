@@ -1,6 +1,6 @@
 """The errors that actdump raises on purpose. Each class knows the exit code that the command line gives it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -68,3 +68,8 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
         return ""
     shown = ", ".join(words[:12]) + (", …" if len(words) > 12 else "")
     return f"; there is {shown}"
+
+
+def few(names: Sequence[str]) -> str:
+    """The first of many names, and how many more there are."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actdump.console import Output, counted, size
+from actdump.errors import few
 from actdump.format import Manifest
 from actdump.plan import Column
 from actdump.statistics import Statistics
@@ -124,6 +125,7 @@ def manifest_facts(manifest: Manifest) -> list[tuple[str, str]]:
             "model",
             f"{model['name']}{'@' + model['commit'][:12] if model['commit'] else ''} ({model['class']}, {model['dtype']})",
         ),
+        *([("random", f"the checkpoint lacks {few(drawn)}")] if (drawn := model.get("drawn")) else []),
         ("prompts", f"{manifest.prompts:,}, {manifest.tokens:,} tokens"),
         ("shards", f"{len(manifest.shards):,}, {size(manifest.bytes)}"),
         ("digest", manifest.digest),

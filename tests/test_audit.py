@@ -493,6 +493,26 @@ def test_hidden_states_of_several_lists_of_blocks_are_no_witness(tmp_path):
     assert [(tap["witnessed"], tap["wrong"]) for tap in taps] == [(False, 0)] * 3
 
 
+def test_a_model_that_computes_other_values_each_time_is_told_from_a_fault(tmp_path):
+    reformer = {
+        "model_type": "reformer", "attn_layers": ["lsh", "lsh"], "attention_head_size": 8, "num_attention_heads": 2, "num_buckets": 4,
+        "hidden_size": 16, "feed_forward_size": 24, "vocab_size": 40, "axial_pos_embds": False, "lsh_attn_chunk_length": 16,
+        "is_decoder": True, "initializer_range": 0.3,
+    }  # fmt: skip
+    save = ["encoder.layers[1].attention.output.dense.output"]
+    given = spec(lengths=(64, 64, 64), model={"config": reformer, "task": "base"}, save=save, audit=3)
+    with pytest.raises(DataError, match="prompt 0: the model itself computes other values each time, off by"):
+        job.run(given, tmp_path / "out")
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_a_prompt_of_one_token_goes_the_way_of_the_others(tmp_path):
+    """With a cache, the code of RWKV takes one token for the next one of a longer text."""
+    rwkv = {"model_type": "rwkv", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16}
+    given = spec(lengths=(1, 1, 5), model={"config": rwkv}, save=["rwkv.blocks[*].attention.time_shift.output"], audit=3)
+    assert job.run(given, tmp_path / "out").manifest.audit["prompts"] == [0, 1, 2]
+
+
 def test_a_mean_is_rounded_once(tmp_path):
     save = {
         "mean": {"address": "transformer.h[1].output[0]", "tokens": "mean", "dtype": "float32"},

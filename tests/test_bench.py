@@ -30,7 +30,20 @@ def rounds(monkeypatch):
     return rounds
 
 
-SECTIONS = ["limit", "pairs", "peers", "overhead", "memory", "start", "writing", "planning", "explore", "audit", "workers", "gpu"]
+SECTIONS = [
+    "limit",
+    "pairs",
+    "peers",
+    "overhead",
+    "memory",
+    "start",
+    "writing",
+    "planning",
+    "explore",
+    "audit",
+    "workers",
+    "gpu",
+]
 
 
 def test_sections_end_with_figures_on_the_screen_and_as_json(tmp_path):

@@ -527,6 +527,98 @@ def test_a_module_that_stops_running_is_an_error():
         capture(model, found.sites, found.feed, Batch((0,), ([1, 2],)))
 
 
+def by_length():
+    """A toy whose second layer runs once for every begun 16 tokens: in the probes once."""
+    model = Toy(None, lambda hidden: hidden + 1, lambda hidden: hidden)
+
+    def chunked(hidden):
+        for _ in range(hidden.shape[1] // 16):
+            hidden = model.layers[1](hidden)
+        return hidden
+
+    model.layers[0].function = chunked
+    return model
+
+
+@pytest.mark.parametrize("call", [-1, None])
+def test_a_module_that_runs_more_often_for_a_longer_prompt_is_an_error(call):
+    model = by_length()
+    found = probed(model, [tap("layers[1].output", call=call), tap("layers[2].output")])
+    short, long = (Batch((0,), tuple(prompts((length,)))) for length in (15, 20))
+    assert capture(model, found.sites, found.feed, short)[0].each()[0].shape == (15, 4)
+    with pytest.raises(DataError, match="ran 2 times for prompts of 20 tokens and 1 times in the probe"):
+        capture(model, found.sites, found.feed, long)
+
+
+def test_the_last_call_is_waited_for():
+    model = by_length()
+    found = probed(model, [tap("layers[1].output", call=-1)])
+    with pytest.raises(DataError, match="ran 2 times for prompts of 20 tokens"):
+        capture(model, found.sites, found.feed, Batch((0,), tuple(prompts((20,)))))
+
+
+def test_what_holds_no_values_is_refused():
+    model = Toy(lambda hidden: hidden, lambda hidden: hidden[..., :0])
+    with pytest.raises(AddressError, match=re.escape("layers[1].output: it holds no values: (batch, token, 0)")):
+        _ = probed(model, [tap("layers[1].output")]).sites
+
+
+def test_what_the_probe_gives_as_nan_proves_nothing_and_gets_the_mask():
+    def function(hidden):
+        return hidden * torch.where(hidden.sum() > 0, float("nan"), 1.0)
+
+    assert probed(Toy(function), [tap("layers[0].output")]).feed.masked
+    assert not probed(Toy(lambda hidden: hidden), [tap("layers[0].output")]).feed.masked
+
+
+def test_a_default_device_changes_nothing():
+    ladder, ids = Ladder(), prompts()
+    with torch.device("meta"):
+        values = captured(ladder, [tap("layers[2].output", tokens="last"), tap("layers[3].output")], ids)
+    for one, last, every in zip(ids, *values.values(), strict=True):
+        assert torch.equal(every, ladder.after(3, one))
+        assert torch.equal(last, ladder.after(2, one)[-1])
+
+
+def reading_pad():
+    """Models that are given no mask make one of the pad id; and one that does not."""
+    sizes = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "intermediate_size": 24,
+        "vocab_size": VOCABULARY,
+    }
+    torch.manual_seed(0)
+    return {
+        "dpr": (
+            AutoModel.from_config(AutoConfig.for_model("dpr", pad_token_id=1, initializer_range=0.3, **sizes)).eval(),
+            True,
+        ),
+        "xlm": (
+            AutoModel.from_config(
+                AutoConfig.for_model(
+                    "xlm", emb_dim=16, n_layers=2, n_heads=2, vocab_size=VOCABULARY, pad_token_id=1, pad_index=1
+                )
+            ).eval(),
+            True,
+        ),
+        "roberta": (build("roberta"), False),
+    }
+
+
+@pytest.mark.parametrize("name", reading_pad())
+def test_the_pad_id_among_the_tokens_of_a_prompt(name):
+    model, reads = reading_pad()[name]
+    ids = [[5, 1, 7, 8], [9, 10, 11, 12, 13, 14, 15], [16, 17, 1, 1, 1], [18]]
+    path = next(path for path, module in model.named_modules() if re.search(r"(layer\.1\.output|ffns\.1)$", path))
+    found = probed(model, [tap(f"{path}.output")])
+    assert (found.feed.masked, found.feed.reads_pad) == (True, reads)
+    values = captured(model, [tap(f"{path}.output")], ids)[f"{path}.output"]
+    for one, value in zip(ids, values, strict=True):
+        assert_same(value, alone(model, one)[path, "output"][0])
+
+
 # ---------------------------------------------------------------------------------------------------- binding and sites
 
 

@@ -500,6 +500,35 @@ def test_a_max_length_beyond_the_models_positions_is_tried_out() -> None:
              "num_key_value_heads": 1, "vocab_size": 100, "max_position_embeddings": 64}  # fmt: skip
     rotary = {"model": {"config": llama}, "prompts": [longer], "save": ["model.layers[0].output"], "output": "rotary"}
     assert run(json.dumps({**rotary, "tokenizer": {"max_length": 65}})).code == 0
+    roberta = {"model_type": "roberta", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+               "vocab_size": 100, "max_position_embeddings": 64}  # fmt: skip
+    counted = {
+        "model": {"config": roberta},
+        "prompts": [longer],
+        "save": ["roberta.encoder.layer[0].output"],
+        "output": "counted",
+    }
+    said = run(json.dumps({**counted, "tokenizer": {"max_length": 65}}))
+    assert said.code == 2
+    assert "the longest prompt has 65 tokens, the model's config allows 62" in said.err
+
+
+def test_a_model_that_raises_in_a_forward(monkeypatch) -> None:
+    """Its code may raise anything, for prompts that nobody tried out."""
+    from torch import nn
+
+    plain = nn.Embedding.forward
+
+    def refusing(self, ids):
+        if ids.shape[-1] == 3:
+            raise IndexError("three is a crowd")
+        return plain(self, ids)
+
+    monkeypatch.setattr(nn.Embedding, "forward", refusing)
+    said = run(GOOD)
+    assert said.code == 65
+    assert "the model does not run on prompts 0 to 1 of up to 3 tokens: IndexError: three is a crowd" in said.err
+    assert nothing_finished()
 
 
 @pytest.mark.parametrize("wrong", [100, -1])
@@ -922,3 +951,15 @@ def test_a_model_that_does_not_exist_has_no_tree() -> None:
     said = actdump("tree", "./nowhere")
     assert said.code == 66
     assert "./nowhere" in said.err
+
+
+def test_weights_that_the_checkpoint_lacks_are_in_the_manifest():
+    import transformers
+
+    kind = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=100
+    )
+    transformers.BertForMaskedLM(kind).save_pretrained("bert")
+    said = run("model: {name: bert, task: base}\nprompts: [{input_ids: [1, 2]}]\nsave: [pooler.output]\noutput: out\n", "-q")
+    assert said.code == 0
+    assert "the checkpoint lacks pooler.dense.bias, pooler.dense.weight" in actdump("show", "out").out

@@ -10,7 +10,20 @@ import torch
 import transformers
 from needs import need_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    DPRConfig,
+    DPRContextEncoder,
+    FlaubertConfig,
+    FlaubertWithLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from actdump import model
 from actdump.errors import MissingError, SpecError, UsageError
@@ -20,6 +33,8 @@ from actdump.spec import ModelSpec, TokenizerSpec
 
 GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 100, "n_positions": 64}
 BERT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 100}
+T5 = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "num_heads": 4, "num_layers": 1, "d_ff": 48}
+FLAUBERT = {"vocab_size": 100, "emb_dim": 32, "n_layers": 1, "n_heads": 2}
 
 
 def prompt(content, number: int = 0) -> Prompt:
@@ -65,6 +80,8 @@ def test_random_weights_are_those_of_the_seed() -> None:
         (lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=100)), "causal-lm", "GPT2LMHeadModel"),
         (lambda: BertForMaskedLM(BertConfig(**BERT)), "masked-lm", "BertForMaskedLM"),
         (lambda: BertModel(BertConfig(**BERT)), "base", "BertModel"),
+        (lambda: T5EncoderModel(T5Config(**T5)), "text-encoding", "T5EncoderModel"),
+        (lambda: FlaubertWithLMHeadModel(FlaubertConfig(**FLAUBERT)), "masked-lm", "FlaubertWithLMHeadModel"),
     ],
 )
 def test_a_folder_gives_the_class_that_was_saved(tmp_path: Path, build, task: str, name: str, caplog) -> None:
@@ -102,8 +119,16 @@ def test_the_skeleton_has_all_modules_and_no_weights(source: model.Source) -> No
 def test_another_task_warns_of_random_weights(tmp_path: Path, caplog) -> None:
     BertModel(BertConfig(**BERT)).save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING, "actdump"):
-        model.load(model.find(ModelSpec(name=str(tmp_path), task="masked-lm")))
+        loaded = model.load(model.find(ModelSpec(name=str(tmp_path), task="masked-lm")))
     assert "they are random" in caplog.text
+    assert "cls.predictions.transform.dense.weight" in model.drawn(loaded)
+    assert "bert.embeddings.word_embeddings.weight" not in model.drawn(loaded)
+
+
+def test_a_checkpoint_of_another_class_is_refused(tmp_path: Path) -> None:
+    DPRContextEncoder(DPRConfig(**BERT)).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"loaded as DPRQuestionEncoder, and holds none of its weights.*DPRContextEncoder"):
+        model.load(model.find(ModelSpec(name=str(tmp_path))))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])

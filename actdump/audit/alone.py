@@ -189,6 +189,8 @@ def run(
 
 def _forward(model: nn.Module, places: Sequence[Place], ids: Sequence[int], kept: _Kept, noise: Noise | None) -> _Kept:
     options = {"output_hidden_states": True} if kept.waiting else {}
+    if "use_cache" in signature(model.forward).parameters:
+        options["use_cache"] = False  # with one, some recurrent models take another way for a prompt of one token
     embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), model)
     device = next(iter(embedding.parameters()), torch.empty(0)).device
     with ExitStack() as stack, torch.no_grad(), suppress(_Enough):
@@ -255,7 +257,7 @@ def _disturbed(model: nn.Module, noise: Noise) -> Iterator[None]:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         dtype = value.dtype if value.dtype == torch.float64 else torch.float32
-        random = torch.rand(value.shape, generator=generator, dtype=dtype).to(value.device) * 2 - 1
+        random = torch.rand(value.shape, generator=generator, dtype=dtype, device="cpu").to(value.device) * 2 - 1
         return (value.to(dtype) * (1 + random * (noise.scale * torch.finfo(value.dtype).eps))).to(value.dtype)
 
     leaves = [module for module in model.modules() if next(module.children(), None) is None]

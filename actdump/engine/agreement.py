@@ -18,8 +18,8 @@ STRAYS = 0.25  # the share of vectors, or of integers, that may be anything with
 
 
 def same_bits(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two values are the same, bit by bit, as far as both are there."""
-    return one is None or other is None or torch.equal(one.nan_to_num(), other.nan_to_num())
+    """Whether two values are the same, bit by bit, as far as both are there. A NaN is like nothing, because it may hide anything."""
+    return one is None or other is None or torch.equal(one, other)
 
 
 def verified(run: Site | Fault, alone: Tensor | None, batch: Tensor | None, wide: bool) -> Site | Fault:
@@ -46,11 +46,9 @@ def _unlikeness(alone: Tensor, batch: Tensor, wide: bool) -> str | None:
     strays = 0.0 if wide else STRAYS
     alone, batch = alone.cpu(), batch.cpu()  # not every accelerator knows float64
     if not alone.is_floating_point():
-        share = (alone != batch).double().mean().item() if alone.numel() else 0.0
+        share = (alone != batch).double().mean().item()
         return f"{share:.0%} of the integers differ" if share > strays else None
     error = _errors(alone, batch)
-    if not len(error):
-        return None
     share = (error > (ALIKE_WIDE if wide else ALIKE_NARROW)).double().mean().item()
     if share > strays or (not wide and error.median() > MEDIAN_NARROW):
         return f"{share:.0%} of its vectors are others, the worst by {error.max():.2g} of its length"

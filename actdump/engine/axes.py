@@ -46,6 +46,8 @@ def labelled(site: Site, tokens: Selection | None, dtype: str | None, alone: lis
         if not isinstance(value, Tensor) or not isinstance(other, Tensor):
             raise Unfit(not_a_tensor(value, alone[call]))
         axes = axes_of(tuple(value.shape), tuple(other.shape))
+        if not all(axis.times for axis in axes):
+            raise Unfit(f"it holds no values: {shape_text(axes)}")
         shape, dropped, least = _one_prompt(axes, index)
         bound = replace(
             site, axes=axes, shape=shape, index=index, dropped=dropped, fewest=least, calls=len(alone), form=form(alone[call])

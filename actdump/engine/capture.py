@@ -22,7 +22,7 @@ def capture(model: nn.Module, sites: Sequence[Site], feed: Feed, batch: Batch) -
     """Run one forward for one batch and keep what the sites ask for, on the device; the forward ends when every site has fired.
 
     Where a forward on padded rows changes what the model keeps (see `State`), its values belong to no prompt alone: then each
-    length of the batch gets a forward of its own, from the same state.
+    length of the batch gets a forward of its own, from the same state. So it does where the model would take tokens for padding.
 
     Args:
         sites: probed sites.
@@ -72,6 +72,8 @@ def _joined(padded: Padded, pieces: Sequence[Rows]) -> Rows:
 
 def _ran(model: nn.Module, feed: Feed, catch: "_Catch") -> bool:
     """Run the forward that a catch watches; whether what it caught is that of the prompts alone."""
+    if catch.padded.misread(feed):
+        return False
     arguments = feed.arguments(*catch.padded.tensors(feed))
     try:
         with hooked(catch.sites, catch.seen):
@@ -98,6 +100,7 @@ class _Catch:
         self._wanted = [site.wanted for site in sites]
         self._plain = [sink is None and padded.even and site.plain for site in sites]
         self._copies: list[tuple[int, Tensor]] = []
+        self._to_end = any((site.tap.call or 0) < 0 for site in sites)  # a longer prompt may have more calls
         self._missing = set(range(len(sites)))
 
     def seen(self, place: int, held: Any) -> None:
@@ -110,7 +113,7 @@ class _Catch:
         else:
             self._take(place, held)
         self._missing.remove(place)
-        if not self._missing:
+        if not self._missing and not self._to_end:
             raise Stop
 
     def _take(self, place: int, held: Any) -> None:
@@ -144,10 +147,16 @@ class _Catch:
         """Look at what was only copied.
 
         Raises:
-            DataError: a site did not fire, or what it held has another shape than the probe promised.
+            DataError: a site did not fire, or not as often as in the probe, or what it held has another shape.
         """
         for place in self._missing:
             raise DataError(f"{self.sites[place].tap.name}: its module did not run in this forward, though it did in the probe")
+        for site, count in zip(self.sites, self._calls, strict=True):
+            if count > cast(int, site.calls) or (self._to_end and count != site.calls):
+                raise DataError(
+                    f"{site.tap.name}: its module ran {count} times for prompts of {self.padded.width} tokens and {site.calls} times "
+                    "in the probe, so its calls cannot be told apart; name one that counts from the first, such as `call: 0`"
+                )
         for place, copy in self._copies:
             site = self.sites[place]
             if copy.dtype == site.dtype and copy.shape == self.padded.shape(site):

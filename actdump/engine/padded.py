@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,12 +36,16 @@ class Padded:
     def tensors(self, feed: Feed) -> tuple[Tensor, Tensor | None]:
         """The ids (batch, token), and the mask where padding needs one."""
         if self.even:
-            return torch.tensor(self.batch.ids), None
-        ids = torch.full((len(self.lengths), self.width), feed.pad)
+            return _tensor(self.batch.ids), None
+        ids = torch.full((len(self.lengths), self.width), feed.pad, device="cpu")
         for row, prompt in zip(ids, self.batch.ids, strict=True):
-            row[: len(prompt)] = torch.tensor(list(prompt))
-        mask = torch.arange(self.width) < torch.tensor(self.lengths)[:, None] if feed.masked else None
+            row[: len(prompt)] = _tensor(list(prompt))
+        mask = torch.arange(self.width, device="cpu") < _tensor(self.lengths)[:, None] if feed.masked else None
         return ids, mask.long() if mask is not None else None
+
+    def misread(self, feed: Feed) -> bool:
+        """Whether the model would take tokens of these prompts for padding, and otherwise so than it does for one prompt alone."""
+        return feed.reads_pad and not self.even and any(feed.pad in prompt for prompt in self.batch.ids)
 
     def shape(self, site: Site) -> tuple[int, ...]:
         """The shape of the tensor at a site. Asked for in every hook, so it is kept for the sites that share a tuple of axes."""
@@ -55,7 +59,7 @@ class Padded:
         """The places in `(batch*token)` rows that a selection keeps."""
         key = selection, device
         if key not in self._indices:
-            self._indices[key] = torch.tensor(self._kept(selection), dtype=torch.long).to(device)
+            self._indices[key] = _tensor(self._kept(selection)).to(device)
         return self._indices[key]
 
     def _kept(self, selection: Selection) -> list[int]:
@@ -77,6 +81,11 @@ class Padded:
             )
             self._early[key] = Early(np.fromiter(chain.from_iterable(each), dtype=np.int64))
         return self._early[key]
+
+
+def _tensor(numbers: Sequence[Any]) -> Tensor:
+    """On the CPU, whatever `torch.set_default_device` says."""
+    return torch.tensor(numbers, dtype=torch.long, device="cpu")
 
 
 def positions(selection: Selection, length: int) -> Sequence[int]:

@@ -56,7 +56,8 @@ def probe(
 
     Two forwards of different shape give the axes. Then, unless the model is on the meta device, the same prompt is compared
     alone and inside a batch whose other tokens are changed: where no bit moves without a mask, no mask is needed; where one
-    does, the mask is used. Either way the prompt's value in the batch must be its value alone, or the tap is a fault.
+    does, the mask is used. Either way the prompt's value in the batch must be its value alone, or the tap is a fault. Where a model
+    that is given no mask makes its own of the pad id, prompts that have it among their tokens get batches without padding.
 
     Measured (tests/test_zoo.py): causal and recurrent models need no mask, whatever their positions (learned, rotary, ALiBi),
     windows, experts or scans, because nothing of a token comes from what follows it; models that look both ways need one. A
@@ -101,13 +102,23 @@ def _probe(
     changed = _row_values(found, observe(model, sites, feed, ids["changed"], like=batch))
     masked = not all(map(same_bits, batch_values, changed)) or (any(map(_coarse, found)) and _looks_around(model, feed, ids))
     if masked:
-        mask = torch.ones(TOGETHER, dtype=torch.long)
+        mask = torch.ones_like(together)
         mask[ROW, ALONE[1] :] = 0
         batch_values = _row_values(found, observe(model, sites, feed, ids["changed"], mask, like=batch))
     alone_values = _row_values(found, alone, ALONE, 0)
     wide = all(weight.dtype in (torch.float32, torch.float64) for weight in model.parameters())
     checked = tuple(verified(*each, wide) for each in zip(runs, alone_values, batch_values, strict=True))
-    return Probe(checked, replace(feed, masked=masked), verified=True)
+    reads_pad = masked and _reads_pad(model, found, feed, ids["alone"])
+    return Probe(checked, replace(feed, masked=masked, reads_pad=reads_pad), verified=True)
+
+
+def _reads_pad(model: nn.Module, sites: Sequence[Site | None], feed: Feed, ids: Tensor) -> bool:
+    """Whether a prompt with the pad id among its tokens has other values where a mask says that all of it is to be looked at."""
+    ids = ids.clone()
+    ids[0, ALONE[1] // 2] = feed.pad
+    bound = [site for site in sites if site is not None]
+    without, full = (observe(model, bound, feed, ids, mask) for mask in (None, torch.ones_like(ids)))
+    return not all(map(same_bits, _row_values(bound, without, ALONE, 0), _row_values(bound, full, ALONE, 0)))
 
 
 def _row_values(

@@ -153,10 +153,12 @@ class Feed:
     Attributes:
         device: where the ids go.
         vocabulary: ids are below this.
-        pad: the id that fills rows up; its value never shows.
+        pad: the id that fills rows up.
         accepts: the names of the arguments that the model takes.
         state: what the model keeps between forwards, as it was before the first one.
         masked: whether padded rows need an attention mask; the probe finds out.
+        reads_pad: whether the model takes the pad id for padding where it is a token of a prompt too, as XLM does, which makes a
+            mask of its own where it is given none; the probe finds out.
     """
 
     device: torch.device
@@ -165,6 +167,7 @@ class Feed:
     accepts: frozenset[str]
     state: State
     masked: bool = True
+    reads_pad: bool = False
 
     def arguments(self, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """The keyword arguments of one forward on ids of shape (batch, token)."""
@@ -176,7 +179,7 @@ class Feed:
         return arguments
 
 
-def feed_for(model: nn.Module, pad: int | None = None) -> Feed:
+def feed_for(model: nn.Module) -> Feed:
     """How to run this model on token ids, as far as its signature, its config and its embedding tell.
 
     Raises:
@@ -191,8 +194,7 @@ def feed_for(model: nn.Module, pad: int | None = None) -> Feed:
     embedding, config = _token_embedding(model), cast(Any, getattr(model, "config", None))
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = cast(int, getattr(text, "vocab_size", None) or getattr(embedding, "num_embeddings", 2))
-    if pad is None:
-        pad = getattr(config, "pad_token_id", None)
+    pad = getattr(config, "pad_token_id", None)
     accepts = frozenset(name for name, parameter in parameters.items() if parameter.kind != Parameter.VAR_KEYWORD)
     place = next(iter((embedding or model).parameters()), torch.empty(0))
     return Feed(place.device, vocabulary, pad if pad is not None and 0 <= pad < vocabulary else 0, accepts, State(model))

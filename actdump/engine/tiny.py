@@ -22,12 +22,17 @@ def probe_ids(feed: Feed) -> dict[str, Tensor]:
     """Token ids for the probes; `changed` differs from `together` in everything but the row's own prompt."""
     generator = torch.Generator().manual_seed(0)
     low = feed.vocabulary // 4 if feed.vocabulary >= 8 else 0
-    together, changed = (torch.randint(low, feed.vocabulary, TOGETHER, generator=generator) for _ in range(2))
-    together[together == feed.pad] = low
+    together, changed = (torch.randint(low, feed.vocabulary, TOGETHER, generator=generator, device="cpu") for _ in range(2))
+    together[together == feed.pad] = plain_id(feed)
     prompt = together[ROW, : ALONE[1]]
     changed[ROW, : ALONE[1]] = prompt
     changed[ROW, ALONE[1] :] = feed.pad
     return {"alone": prompt[None], "together": together, "changed": changed}
+
+
+def plain_id(feed: Feed) -> int:
+    """The id of a token that is not the pad id."""
+    return (feed.pad + 1) % feed.vocabulary
 
 
 def observe(
@@ -67,8 +72,10 @@ def observe(
                 "`device_map: auto`, or `device: cpu`"
             ) from error
         except Exception as error:  # a model's code can raise anything; it is told in full, and chained
+            whole = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+            hint = "; `model.task: text-encoding` loads the encoder alone" if whole else ""
             raise UsageError(
-                f"{type(model).__name__} does not run on token ids alone: {type(error).__name__}: {error}"
+                f"{type(model).__name__} does not run on token ids alone: {type(error).__name__}: {error}{hint}"
             ) from error
         finally:
             feed.state.restored()
@@ -87,4 +94,4 @@ def try_out(model: nn.Module, feed: Feed, tokens: int) -> None:
     Raises:
         UsageError: it does not run.
     """
-    observe(model, [], feed, torch.full((1, tokens), feed.pad))
+    observe(model, [], feed, torch.full((1, tokens), plain_id(feed), device="cpu"))

@@ -1,13 +1,14 @@
 """The parts of a plan: capture, batch by batch, and write."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from actdump import store
-from actdump.errors import DataError
+from actdump.errors import ActdumpError, DataError
 from actdump.job.bound import Bound
 from actdump.job.lanes import Lanes
-from actdump.job.memory import Room
+from actdump.job.memory import Room, out_of_memory
 from actdump.job.provenance import now
 from actdump.job.sharing import shared_out
 from actdump.job.underway import Job
@@ -118,9 +119,27 @@ class _Filling:
 
         arrival = _Arrival(self.shard, batch, self._strict)
         sink = arrival.waiting.append if self._later else arrival.put
-        if engine.stream(bound.module, bound.sites, bound.feed, batch, sink):
+        with _told(batch):
+            whole = engine.stream(bound.module, bound.sites, bound.feed, batch, sink)
+        if whole:
             return [arrival]
         return [piece for each in engine.evened(batch) for piece in self._captured(bound, each)]
+
+
+@contextmanager
+def _told(batch: Batch) -> Iterator[None]:
+    """Word what a model's code raises in a forward, which can be anything. Memory that runs out is `Room`'s to mend."""
+    try:
+        yield
+    except ActdumpError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise DataError(
+            f"the model does not run on prompts {batch.numbers[0]} to {batch.numbers[-1]} of up to {max(batch.lengths):,} tokens: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 class _Arrival:

@@ -212,5 +212,6 @@ def facts_of(spec: Spec, bound: Bound, hashes: Mapping[str, str], taken: Mapping
             "attn_implementation": getattr(config, "_attn_implementation", None),
             "masked": bound.feed.masked,
             "weights": model.fingerprint(bound.module),
+            **({"drawn": list(drawn)} if (drawn := model.drawn(bound.module)) else {}),
         },
     }

@@ -1,12 +1,13 @@
 """Models and tokenizers: the only importer of transformers."""
 
-from actdump.model.loading import avoid_faulty_amx, fingerprint, load, other_weights, pick_device, skeleton
+from actdump.model.loading import avoid_faulty_amx, drawn, fingerprint, load, other_weights, pick_device, skeleton
 from actdump.model.source import Source, find
 from actdump.model.tokenizer import load_tokenizer, tokenise
 
 __all__ = [
     "Source",
     "avoid_faulty_amx",
+    "drawn",
     "find",
     "fingerprint",
     "load",

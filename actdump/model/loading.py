@@ -5,15 +5,15 @@ import logging
 import os
 import platform
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForTextEncoding
 
-from actdump.errors import UsageError
+from actdump.errors import UsageError, few
 from actdump.model.hub import hub_options, quiet, wording
 from actdump.model.source import Source
 
@@ -21,7 +21,12 @@ log = logging.getLogger(__name__)
 
 FINGER = 64  # how many values of a weight its fingerprint looks at
 
-CLASSES = {"causal-lm": AutoModelForCausalLM, "masked-lm": AutoModelForMaskedLM, "base": AutoModel}
+CLASSES = {
+    "causal-lm": AutoModelForCausalLM,
+    "masked-lm": AutoModelForMaskedLM,
+    "base": AutoModel,
+    "text-encoding": AutoModelForTextEncoding,
+}
 
 
 def skeleton(source: Source) -> nn.Module:
@@ -35,7 +40,7 @@ def load(source: Source) -> nn.Module:
 
     Raises:
         MissingError: the weights are not there.
-        UsageError: the model cannot be loaded in the way asked for.
+        UsageError: the model cannot be loaded in the way asked for; none of its weights is in the checkpoint, say.
     """
     spec = source.spec
     device = pick_device(spec.device)
@@ -65,6 +70,11 @@ def fingerprint(model: nn.Module) -> str | None:
     return digest.hexdigest()
 
 
+def drawn(model: nn.Module) -> tuple[str, ...]:
+    """The names of the weights that were drawn at random because a loaded model's checkpoint lacks them."""
+    return cast(tuple[str, ...], getattr(model, "drawn", ()))
+
+
 def other_weights(facts: Mapping[str, Any], model: nn.Module) -> bool:
     """Whether a model is known to have other weights than the one that these facts of a plan tell of."""
     recorded, found = facts.get("weights"), fingerprint(model)
@@ -92,17 +102,31 @@ def _loaded(source: Source) -> nn.Module:
         options["device_map"] = spec.device_map
     with quiet(), wording(spec):
         model, info = CLASSES[source.task].from_pretrained(str(spec.folder or spec.name), **hub_options(spec), **options)
-    if missing := sorted(info["missing_keys"]):
+    model.drawn = tuple(sorted(info["missing_keys"]))
+    if model.drawn:
+        _check_some_loaded(source, model)
         log.warning(
             "the checkpoint has no weights for %s: they are random (`model.seed`), and so is all that they compute",
-            _some(missing),
+            few(model.drawn),
         )
     result: nn.Module = model
     return result
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def _check_some_loaded(source: Source, model: nn.Module) -> None:
+    """Refuse a model of random weights alone: its checkpoint is that of another class, whose weights have other names.
+
+    Raises:
+        UsageError: it is one.
+    """
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    lacking = {id(weights[name]) for name in drawn(model) if name in weights}
+    if all(id(weight) in lacking for weight in weights.values()):
+        made = next(iter(source.config.architectures or ()), "another class")
+        raise UsageError(
+            f"model: `{source.spec.source}` would be loaded as {type(model).__name__}, and holds none of its weights; its config says "
+            f"{made}. Try another `model.task` ({', '.join(CLASSES)}), or load it yourself and take `actdump.wrap`"
+        )
 
 
 def pick_device(name: str) -> torch.device:

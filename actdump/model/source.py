@@ -12,13 +12,24 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from transformers import MODEL_MAPPING, AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from actdump.errors import MissingError, SpecError, did_you_mean
 from actdump.model.hub import ask_once, first_line, hub_options, quiet, wording
 from actdump.spec import ModelSpec
 
 _FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as safetensors calls them
+_CLASS_NAMES = {
+    "causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "masked-lm": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "base": MODEL_MAPPING_NAMES,
+    "text-encoding": MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+}
 
 
 @dataclass(frozen=True)
@@ -65,8 +76,9 @@ class Source:
     @property
     def positions(self) -> int | None:
         """The most tokens that the model's position table or training allows, where its config tells."""
-        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-            if isinstance(limit := getattr(self.config, name, None), int) and limit > 0:
+        text = self.config.get_text_config()
+        for name in ("max_position_embeddings", "max_encoder_position_embeddings", "n_positions", "max_seq_len"):
+            if isinstance(limit := getattr(text, name, None), int) and limit > 0:
                 return limit - self._first_position
         return None
 
@@ -131,11 +143,13 @@ def _code(config: Any) -> str:
 
 
 def _default_task(config: Any) -> str:
-    """Which Auto class: that of the architecture in the config, or the one usual for the model type."""
+    """Which Auto class: one that gives the architecture in the config, or the one usual for the model type."""
     if architecture := next(iter(config.architectures or ()), None):
-        if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-            return "causal-lm"
-        return "masked-lm" if architecture.endswith("ForMaskedLM") else "base"
+        for task, names in _CLASS_NAMES.items():
+            known = names.get(config.model_type, ())
+            if architecture in ((known,) if isinstance(known, str) else known):
+                return task
+        return "causal-lm" if architecture.endswith("ForCausalLM") else "base"  # one of remote code, say, or with another head
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "masked-lm"
     return "causal-lm" if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "base"

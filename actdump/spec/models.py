@@ -111,8 +111,8 @@ class ModelSpec(_Strict):
 
     name: str | None = Field(None, description="hub id or local folder")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    task: Literal["causal-lm", "masked-lm", "base"] | None = Field(
-        None, description="which Auto class; default from the config"
+    task: Literal["causal-lm", "masked-lm", "base", "text-encoding"] | None = Field(
+        None, description="which Auto class, text-encoding the encoder of T5, say; default from the config"
     )
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto: an accelerator where there is one")

@@ -27,14 +27,14 @@ class Traced:
     Attributes:
         open: the block that is open, if one is.
         calls: how often a module ran in a forward on that kind of input, once counted.
-        probed: sites with their axes, and whether padding needs a mask for them, by address, call and kind of arithmetic.
+        probed: sites with their axes, and how to run the model for them, by address, call and kind of arithmetic.
     """
 
     module: nn.Module
     tokenizer: Any = None
     open: "Tracer | None" = None
     calls: dict[tuple[object, ...], int] = field(default_factory=dict)
-    probed: dict[tuple[object, ...], tuple[Site, bool]] = field(default_factory=dict)
+    probed: dict[tuple[object, ...], tuple[Site, Feed]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ def work(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Forw
         raise UsageError("prompts stand alone in trace; to pass further arguments, pass all of them: `input_ids=…`, …")
     if not takes_ids and traced.tokenizer is None:
         raise UsageError("the model takes no token ids and has no tokenizer, so it cannot be run on text")
-    feed = _feed(traced)
+    feed = feed_for(traced.module)
     if isinstance(given, list | tuple) and not all(isinstance(entry, int) for entry in given):
         return [_ids(traced, feed, prompt, f"prompt {number}") for number, prompt in enumerate(given)]
-    ids = torch.tensor([_ids(traced, feed, given, "the prompt")])
+    ids = torch.tensor([_ids(traced, feed, given, "the prompt")], device="cpu")
     return _Forward((), feed.arguments(ids, None), "prompt", feed.state)
 
 
@@ -102,10 +102,6 @@ def _ids(traced: Traced, feed: Feed, prompt: Any, which: str) -> Sequence[int]:
     if not 0 <= min(ids) <= max(ids) < feed.vocabulary:
         raise UsageError(f"{which} has a token id outside the vocabulary, which is 0 to {feed.vocabulary - 1}")
     return ids
-
-
-def _feed(traced: Traced) -> Feed:
-    return feed_for(traced.module, getattr(traced.tokenizer, "pad_token_id", None))
 
 
 class Tracer:
@@ -178,7 +174,7 @@ def _probed(traced: Traced, taps: Sequence[Tap]) -> tuple[list[Site], Feed]:
                 f"`{tap.address}` is a structure, which cannot be cut into several prompts: name one tensor in it, such as "
                 f"`{tap.address}[0][0]`, or trace the prompts one by one"
             )
-    feed = _feed(traced)
+    feed = feed_for(traced.module)
     kind = _arithmetic(traced.module, feed)
     modules = [site.module for site in bind(traced.module, taps)]  # a module may have been put in another's place
     known = [traced.probed.get((tap, kind)) for tap in taps]
@@ -186,15 +182,16 @@ def _probed(traced: Traced, taps: Sequence[Tap]) -> tuple[list[Site], Feed]:
         tap for tap, found, module in zip(taps, known, modules, strict=True) if found is None or found[0].module is not module
     ]
     if new:
-        found = probe(traced.module, bind(traced.module, new), feed)
+        probed = probe(traced.module, bind(traced.module, new), feed)
         try:
-            bound = found.sites
+            bound = probed.sites
         except AddressError as error:
             hint = "\nThe model is in training mode, in which dropout changes values: call `model.eval()` first"
             raise AddressError(f"{error}{hint * traced.module.training}") from None
-        traced.probed.update({(tap, kind): (site, found.feed.masked) for tap, site in zip(new, bound, strict=True)})
-    sites, masked = zip(*(traced.probed[tap, kind] for tap in taps), strict=True)
-    return list(sites), replace(feed, masked=any(masked))
+        traced.probed.update({(tap, kind): (site, probed.feed) for tap, site in zip(new, bound, strict=True)})
+    sites, feeds = zip(*(traced.probed[tap, kind] for tap in taps), strict=True)
+    masked, reads_pad = any(each.masked for each in feeds), any(each.reads_pad for each in feeds)
+    return list(sites), replace(feed, masked=masked, reads_pad=reads_pad)
 
 
 def _arithmetic(module: nn.Module, feed: Feed) -> tuple[object, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import child
-from benchmarks.rounds import Figure, Goal, in_turns, ratio, seconds
+from benchmarks.rounds import Figure, Goal, Run, in_turns, ratio, seconds
 from benchmarks.setting import Setting, say
 
 FOLDER = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
@@ -41,7 +41,7 @@ def measure(setting: Setting) -> Iterator[Figure]:
     """Wall clock of child processes."""
     spec, out = setting.scratch / "start.yaml", setting.scratch / "start"
     spec.write_text(json.dumps({"model": str(FOLDER), "prompts": ["Hello"], "save": ["model.layers[5].output"]}))
-    sides = {
+    sides: dict[str, Run] = {
         "import and load": child.timed_python(IMPORT_AND_LOAD, str(FOLDER)),
         "until the first batch": lambda: _until_first_batch(spec, out),
     }
