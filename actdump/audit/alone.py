@@ -34,11 +34,24 @@ class Place:
     @property
     def rows(self) -> int | None:
         """The axis of a prompt's stored value that counts tokens; `None` where the value is one whole."""
-        dims, axes = self.column.layout.dims, self.column.axes
-        if self.column.tokens.startswith("[") and self.axis is not None and len(dims) < len(axes):
-            return self.axis - ("batch" in axes[: self.axis] or "batch" not in axes)
-        ragged = [at for at, dim in enumerate(dims) if isinstance(dim, Slice)]
+        if self.column.tokens.startswith("[") and self.axis is not None:
+            return self._kept.index(self.axis)
+        ragged = [at for at, dim in enumerate(self.column.layout.dims) if isinstance(dim, Slice)]
         return ragged[0] if ragged and self.column.tokens not in ("first", "last", "mean") else None
+
+    @property
+    def _kept(self) -> list[int]:
+        """The axes of what the module holds that a prompt's value has: not the batch's, and none of which an index picks one entry."""
+        axes, kept = self.column.axes, list(range(len(self.column.axes)))
+        for item in self.address.items:
+            if isinstance(item, Index):
+                place = item.entries.index(...) if ... in item.entries else len(item.entries)
+                rest = len(kept) - len(item.entries) + (... in item.entries)
+                entries = [*item.entries[:place], *[...] * rest, *item.entries[place + 1 :]]
+                kept = [axis for axis, entry in zip(kept, entries, strict=True) if not isinstance(entry, int)]
+        shared = [0] if len(kept) > len(self.column.layout.dims) else []  # (1, token, …), the same for all prompts
+        batch = [axes.index("batch")] if "batch" in axes else shared
+        return [axis for axis in kept if axis not in batch]
 
     def words(self, row: int, tokens: int) -> str:
         """Which token a row of a prompt's value is about."""
