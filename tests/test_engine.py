@@ -550,6 +550,12 @@ def test_a_module_that_runs_more_often_for_a_longer_prompt_is_an_error(call):
         capture(model, found.sites, found.feed, long)
 
 
+def test_a_call_counted_from_the_first_is_the_same_however_many_there_are():
+    model, (ids,) = by_length(), prompts((20,))
+    values = captured(model, [tap("layers[1].output", call=0), tap("layers[2].output")], [ids])
+    assert torch.equal(values["layers[1].output"][0], model.embed(torch.tensor(ids)) + 1)
+
+
 def test_the_last_call_is_waited_for():
     model = by_length()
     found = probed(model, [tap("layers[1].output", call=-1)])

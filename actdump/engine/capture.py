@@ -151,18 +151,28 @@ class _Catch:
         """
         for place in self._missing:
             raise DataError(f"{self.sites[place].tap.name}: its module did not run in this forward, though it did in the probe")
-        for site, count in zip(self.sites, self._calls, strict=True):
-            if count > cast(int, site.calls) or (self._to_end and count != site.calls):
-                raise DataError(
-                    f"{site.tap.name}: its module ran {count} times for prompts of {self.padded.width} tokens and {site.calls} times "
-                    "in the probe, so its calls cannot be told apart; name one that counts from the first, such as `call: 0`"
-                )
+        if self._calls != [site.calls for site in self.sites]:
+            self._check_calls()
         for place, copy in self._copies:
             site = self.sites[place]
             if copy.dtype == site.dtype and copy.shape == self.padded.shape(site):
                 self.rows[place] = Rows(site, self.padded, copy)
             else:
                 self._take(place, copy)
+
+    def _check_calls(self) -> None:
+        """Make sure that a call that is not counted from the first is the one that the probe found; a forward may stop before the others.
+
+        Raises:
+            DataError: it is not.
+        """
+        for site, count in zip(self.sites, self._calls, strict=True):
+            call, calls = site.tap.call, cast(int, site.calls)
+            if (call is None and count > calls) or (call is not None and call < 0 and count != calls):
+                raise DataError(
+                    f"{site.tap.name}: its module ran {count} times for prompts of {self.padded.width} tokens and {site.calls} times "
+                    "in the probe, so its calls cannot be told apart; name one that counts from the first, such as `call: 0`"
+                )
 
 
 def _narrower(rows: Tensor, computed: Tensor) -> bool:

@@ -136,9 +136,10 @@ def _told(batch: Batch) -> Iterator[None]:
     except Exception as error:
         if out_of_memory(error):
             raise
+        others = len(batch.numbers) - 1
+        beside = f" with {others} other{'s' * (others > 1)} beside it" if others else ""
         raise DataError(
-            f"the model does not run on prompts {batch.numbers[0]} to {batch.numbers[-1]} of up to {max(batch.lengths):,} tokens: "
-            f"{type(error).__name__}: {error}"
+            f"the model does not run on prompt {batch.numbers[0]} of {batch.lengths[0]:,} tokens{beside}: {type(error).__name__}: {error}"
         ) from error
 
 

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from actdump import store
@@ -104,7 +105,7 @@ def planned(job: Job, crew: store.Crew) -> tuple[Plan, Bound | None]:
             _enter(job, crew, found)
             if found is not None and found.facts["model"]["commit"] != source.commit:
                 source, bound = source_of(job, found.facts["model"]["commit"]), None
-            if found is None or not store.has_tokens(job.folder, found):
+            if found is None or not job.patiently(partial(store.has_tokens, job.folder, found)):
                 plan, bound = take_in(job, crew, source, hashes, found, bound)
                 if job.repair and found is None:  # a broken plan, made again; nobody looked at the parts yet
                     look_over(job, plan)
