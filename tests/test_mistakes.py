@@ -527,9 +527,7 @@ def test_a_model_that_raises_in_a_forward(monkeypatch) -> None:
     monkeypatch.setattr(nn.Embedding, "forward", refusing)
     said = run(GOOD)
     assert said.code == 65
-    assert (
-        "the model does not run on prompt 0 of 3 tokens with 1 other beside it: IndexError: three is a crowd" in said.err
-    )
+    assert "the model does not run on prompt 0 of 3 tokens with 1 other beside it: IndexError: three is a crowd" in said.err
     assert nothing_finished()
 
 
