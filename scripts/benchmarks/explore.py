@@ -29,10 +29,10 @@ def measure(setting: Setting) -> Iterator[Figure]:
         auto = _auto_budget(setting, prompts, dtype)
         few = bare(load(dtype), FEW_BLOCKS)
         kernels = {kernel: bare(load(dtype, attn_implementation=kernel), FEW_BLOCKS) for kernel in ATTENTION}
-        budgets = {budget: _forwards(few, prompts, budget) for budget in sorted({auto, *BUDGETS})}
-        counts = {count: _on_threads(count, budgets[auto]) for count in _threads()}
-        lanes = {count: _in_lanes(few, prompts, auto, count) for count in range(1, MOST + 1) if threads % count == 0}
-        attentions = {kernel: _forwards(base, prompts, auto) for kernel, base in kernels.items()}
+        budgets = {budget: _forwards(few, prompts, budget, _lanes(threads)) for budget in sorted({auto, *BUDGETS})}
+        counts = {count: _on_threads(count, _forwards(few, prompts, auto, _lanes(count))) for count in _threads()}
+        lanes = {count: _forwards(few, prompts, auto, count) for count in range(1, MOST + 1) if threads % count == 0}
+        attentions = {kernel: _forwards(base, prompts, auto, _lanes(threads)) for kernel, base in kernels.items()}
         yield from _choice(setting, prompts, f"{dtype}, budget", auto, budgets)
         yield from _choice(setting, prompts, f"{dtype}, threads", threads, counts)
         yield from _choice(setting, prompts, f"{dtype}, forwards side by side", max(lanes), lanes)
@@ -44,13 +44,14 @@ def _auto_budget(setting: Setting, prompts: Prompts, dtype: str) -> int:
     return job.forecast(spec_of(A, {"name": str(FOLDER), "dtype": dtype}, setting.saved(prompts))).plan.budget.tokens
 
 
-def _forwards(base: nn.Module, prompts: Prompts, budget: int) -> Run:
-    return timed(forwards(base, padded_batches(prompts.ids, budget)))
+def _lanes(threads: int) -> int:
+    """How many forwards a run has side by side."""
+    return max(count for count in range(1, MOST + 1) if threads % count == 0)
 
 
-def _in_lanes(base: nn.Module, prompts: Prompts, budget: int, count: int) -> Run:
+def _forwards(base: nn.Module, prompts: Prompts, budget: int, lanes: int) -> Run:
     batches = padded_batches(prompts.ids, budget)
-    return timed(side_by_side(base, batches, count) if count > 1 else forwards(base, batches))
+    return timed(side_by_side(base, batches, lanes) if lanes > 1 else forwards(base, batches))
 
 
 def _threads() -> list[int]:
