@@ -364,7 +364,12 @@ def test_other_random_weights_do_not_go_on_with_a_dump(tmp_path, monkeypatch):
         later.setattr(torch, "manual_seed", lambda number: seed(number + 1))
         with pytest.raises(DataError, match="the model's weights are not those of the plan"):
             job.run(spec, tmp_path / "out")
+        assert job.run(spec, tmp_path / "other").state == "done"
+        with pytest.raises(Stopped):
+            job.run(spec, tmp_path / "replaced", **stop_after(3, tmp_path / "replaced"))
+    assert job.run(spec, tmp_path / "replaced", overwrite=True).state == "done"
     assert states(spec, tmp_path / "out") == "done"
+    assert contents(tmp_path / "replaced") == contents(tmp_path / "out") != contents(tmp_path / "other")
 
 
 def test_weights_that_a_checkpoint_lacks_are_the_same_in_every_process(tmp_path):

@@ -13,7 +13,7 @@ from actdump.format import Folder, Manifest
 from actdump.job.bound import Bound
 from actdump.job.capturing import write_parts
 from actdump.job.feeding import standard_input
-from actdump.job.planning import planned
+from actdump.job.planning import check_same, planned
 from actdump.job.provenance import circumstances
 from actdump.job.repair import give_up, look_over
 from actdump.job.sealing import seal
@@ -96,7 +96,7 @@ def _go_on(job: Job) -> Outcome:
             plan, bound = planned(job, crew)
             if bound is None:
                 return _ended(job, "up to date")
-            _check_same(job, plan, bound)
+            check_same(job, plan, bound)
             with crew.deciding(job.check_stop):
                 give_up(job, plan)
             check_finite(job.spec, job.folder, store.statistics(job.folder, plan))
@@ -109,22 +109,3 @@ def _go_on(job: Job) -> Outcome:
             )
     finally:
         gc.unfreeze()
-
-
-def _check_same(job: Job, plan: Plan, bound: Bound) -> None:
-    """Make sure that what is to be made fits to what is there.
-
-    Raises:
-        DataError: the model is another one than the plan was made with.
-    """
-    from actdump import model
-
-    if plan.columns != bound.columns:
-        raise DataError(
-            f"{job.folder.root}: the model's shapes are not those of the plan in the folder; use the versions that made it"
-        )
-    if model.other_weights(plan.facts["model"], bound.module):
-        raise DataError(
-            f"{job.folder.root}: the model's weights are not those of the plan in the folder; use the versions of torch and "
-            "transformers that made it (random weights hang on the kind of CPU too), or remove the folder"
-        )

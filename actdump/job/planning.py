@@ -102,9 +102,12 @@ def planned(job: Job, crew: store.Crew) -> tuple[Plan, Bound | None]:
             found = standing(job)
             if found is not None and not job.damage.faults and store.complete(job.folder, found):
                 return found, None
-            _enter(job, crew, found)
             if found is not None and found.facts["model"]["commit"] != source.commit:
                 source, bound = source_of(job, found.facts["model"]["commit"]), None
+            if found is not None and job.overwrite:
+                bound = bound or loaded(job, source)
+                found = found if _unlike(found, bound) is None else None
+            _enter(job, crew, found)
             if found is None or not job.patiently(partial(store.has_tokens, job.folder, found)):
                 plan, bound = take_in(job, crew, source, hashes, found, bound)
                 if job.repair and found is None:  # a broken plan, made again; nobody looked at the parts yet
@@ -113,6 +116,28 @@ def planned(job: Job, crew: store.Crew) -> tuple[Plan, Bound | None]:
     bound = bound or loaded(job, source)
     job.sources.check_same()
     return found, bound
+
+
+def check_same(job: Job, plan: Plan, bound: Bound) -> None:
+    """Make sure that what is to be made fits to what is there.
+
+    Raises:
+        DataError: the model is another one than the plan was made with.
+    """
+    if unlike := _unlike(plan, bound):
+        raise DataError(
+            f"{job.folder.root}: {unlike} are not those of the plan in the folder; use the versions of torch and transformers that "
+            "made it (random weights hang on the kind of CPU too), or replace it with --overwrite"
+        )
+
+
+def _unlike(plan: Plan, bound: Bound) -> str | None:
+    """What of the model is not as it was when the plan was made, in words."""
+    from actdump import model
+
+    if plan.columns != bound.columns:
+        return "the model's shapes"
+    return "the model's weights" if model.other_weights(plan.facts["model"], bound.module) else None
 
 
 def _enter(job: Job, crew: store.Crew, found: Plan | None) -> None:
