@@ -154,6 +154,8 @@ class OpenShard:
 def _number(key: int | str, dump: Dump) -> int:
     if isinstance(key, str):
         return dump.prompts.number(key)
+    if not isinstance(key, int):
+        raise TypeError(f"prompts are taken by a number, an id or a slice, not by {type(key).__name__}")
     if not -len(dump) <= key < len(dump):
         raise IndexError(f"there is no prompt {key}; the dump has {len(dump)}")
     return key % len(dump)
@@ -276,13 +278,34 @@ class Prompts:
         with self._file() as file:
             for line in file:
                 places.append(places[-1] + len(line))
+        if len(places) != len(self) + 1:
+            raise self._damaged
         return places[:-1]
 
     @cached_property
     def numbers(self) -> dict[str, int]:
         """The number of each prompt by its id, in order."""
         with self._file() as file:
-            return {(line := json.loads(text))["id"]: line["number"] for text in file}
+            found = {(line := self._line(text))["id"]: line["number"] for text in file}
+        if len(found) != len(self):
+            raise self._damaged
+        return found
+
+    @property
+    def _damaged(self) -> DataError:
+        return DataError(f"{self.dump.folder.prompts}: damaged; `actdump run --repair` makes it again")
+
+    def _line(self, text: bytes) -> dict[str, Any]:
+        """What a line holds.
+
+        Raises:
+            DataError: it was damaged.
+        """
+        try:
+            line: dict[str, Any] = json.loads(text)
+            return {"number": line["number"], "id": line["id"], **line}
+        except (ValueError, KeyError, TypeError):
+            raise self._damaged from None
 
     def number(self, id: str) -> int:
         """The number of the prompt with that id.
@@ -298,9 +321,9 @@ class Prompts:
         number = _number(key, self.dump)
         with self._file() as file:
             file.seek(self._places[number])
-            line = json.loads(file.readline())
+            line = self._line(file.readline())
         tokens = self.dump.shard_of(number).prompt(TOKENS, number).tolist()
-        content = {name: line[name] for name in ("text", "messages") if name in line}
+        content: dict[str, Any] = {name: line[name] for name in ("text", "messages") if name in line}
         return PromptRecord(number, line["id"], tokens, content, line.get("fields", {}))
 
     def __iter__(self) -> Iterator[PromptRecord]:

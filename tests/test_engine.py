@@ -257,12 +257,25 @@ def test_only_a_finite_value_that_overflows_the_cast_is_an_error(value, lost):
     model = Toy(lambda hidden: torch.full_like(hidden, value))
     taps = [tap("layers[0].output", dtype="float16", tokens="last")]
     if lost:
-        with pytest.raises(
-            DataError, match=r"layers\[0\]\.output: 8 finite values too large for float16, whose largest is 65504"
-        ):
+        with pytest.raises(DataError, match=r"layers\[0\]\.output: 8 values too large for float16, whose largest is 65504"):
             captured(model, taps, prompts((3, 5)))
     else:
         assert torch.equal(captured(model, taps, prompts((3, 5)))["layers[0].output"][1], torch.full((4,), value).half())
+
+
+@pytest.mark.parametrize("value", [400.0, -464.0, 464.5, -2752.0, float("inf"), float("nan")])
+def test_a_type_without_infinity_is_not_given_what_is_too_large_for_it(value):
+    """On some CPUs torch stores its largest value there, on others NaN."""
+    model = Toy(lambda hidden: torch.full_like(hidden, value))
+    taps = [tap("layers[0].output", dtype="float8_e4m3fn")]
+    if abs(value) > 464:
+        with pytest.raises(
+            DataError, match=r"32 values too large for float8_e4m3fn, whose largest is 448 \(the finite ones reach"
+        ):
+            captured(model, taps, prompts((3, 5)))
+    else:
+        kept = captured(model, taps, prompts((3, 5)))["layers[0].output"][1].float()
+        assert kept.isnan().all() if value != value else ((kept - value).abs() <= 16).all()
 
 
 @pytest.mark.parametrize(

@@ -953,6 +953,36 @@ def test_a_model_that_does_not_exist_has_no_tree() -> None:
     assert "./nowhere" in said.err
 
 
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (
+            "{model_type: gpt2, n_layer: three}",
+            "field 'n_layer': TypeError: Field 'n_layer' expected int, got str (value: 'three')",
+        ),
+        ("{model_type: llama, hidden_size: 32, num_attention_heads: 3}", "The hidden size (32) is not a multiple"),
+        ("{model_type: gpt2, activation_function: geluu}", "transformers does not know 'geluu', which the config names"),
+    ],
+)
+def test_a_config_that_transformers_refuses(config: str, told: str) -> None:
+    said = run(GOOD.replace(TINY, f"{{config: {config}}}"))
+    assert said.code == 2
+    assert told in said.err
+    assert nothing_finished()
+
+
+def test_prompts_that_were_cut_off_are_told_when_they_are_asked_for() -> None:
+    assert run(GOOD).code == 0
+    assert run(GOOD, "-o", "other").code == 0
+    kept = Path("out/prompts.jsonl")
+    kept.write_bytes(kept.read_bytes()[:-5])
+    said = actdump("diff", "out", "other")
+    assert said.code == 65
+    assert "out/prompts.jsonl: damaged; `actdump run --repair` makes it again" in said.err
+    kept.write_bytes(b"")
+    assert actdump("diff", "out", "other").code == 65
+
+
 def test_weights_that_the_checkpoint_lacks_are_in_the_manifest():
     import transformers
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -33,8 +34,8 @@ class Measured:
         early: which rows are of the first tokens of prompts; `None` where a row is no token.
         shape: how many vectors of how many values.
         norms: the Euclidean norm of each vector, float32.
-        figures: the sum of all values, the largest absolute one, how many are not finite, how many of these were finite
-            before the cast, and the largest finite absolute value before the cast (0 where the cast lost none, on a CPU).
+        figures: the sum of all values, the largest absolute one, how many are not finite, how many were too large for the cast,
+            and the largest finite absolute value before the cast (0 where the cast lost none, on a CPU).
     """
 
     layout: Layout
@@ -50,7 +51,7 @@ class Measured:
 
     @property
     def lost(self) -> int:
-        """How many finite values became infinite in the cast."""
+        """How many values were too large for the cast; an infinite one is where the type has no infinity."""
         return int(self.figures[3])
 
     @property
@@ -97,11 +98,12 @@ def measure(stored: Tensor, computed: Tensor, layout: Layout, early: Early | Non
     exact = vectors if vectors.dtype in (torch.float32, torch.float64) else vectors.float()
     norms = torch.linalg.vector_norm(exact, dim=1)
     # Two finite numbers prove that every value is finite, and spare a look at each. On an accelerator asking would be a wait.
-    if exact.device.type == "cpu" and exact.numel() and bool(norms.sum().isfinite()):
+    tells = computed is stored or _has_infinity(stored.dtype)
+    if tells and exact.device.type == "cpu" and exact.numel() and bool(norms.sum().isfinite()):
         none = exact.new_zeros(())
         figures = torch.stack([exact.sum(), _largest(exact), none, none, none])
     else:
-        norms, figures = _measured_with_care(exact, computed if computed is not stored else None)
+        norms, figures = _measured_with_care(exact, computed if computed is not stored else None, stored.dtype)
     return Measured(layout, early, (exact.shape[0], exact.shape[1]), norms, figures)
 
 
@@ -110,7 +112,20 @@ def _largest(values: Tensor) -> Tensor:
     return torch.maximum(-low, high)
 
 
-def _measured_with_care(values: Tensor, computed: Tensor | None) -> tuple[Tensor, Tensor]:
+@cache
+def _has_infinity(dtype: torch.dtype) -> bool:
+    """Whether what is too large for a type becomes infinite in it. `float8_e4m3fn` has no infinity: its largest value stands there."""
+    return bool(torch.tensor(math.inf, device="cpu").to(dtype).float().isinf())
+
+
+@cache
+def _most(dtype: torch.dtype) -> float:
+    """The largest value that is rounded to one of that type; half a spacing beyond its largest."""
+    kind = torch.finfo(dtype)
+    return kind.max + 2.0 ** math.floor(math.log2(kind.max)) * kind.eps / 2
+
+
+def _measured_with_care(values: Tensor, computed: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Norms and figures where values may not be finite; on a CPU in float64, because squares may overflow too."""
     finite = values.isfinite()
     kept = torch.where(finite, values, 0)
@@ -118,7 +133,8 @@ def _measured_with_care(values: Tensor, computed: Tensor | None) -> tuple[Tensor
     lost = reach = kept.new_zeros(())
     if computed is not None and kept.numel():
         sound = computed.isfinite()
-        lost = (sound & ~finite.reshape(computed.shape)).sum()
+        lost = sound & ~finite.reshape(computed.shape) if _has_infinity(dtype) else computed.abs() > _most(dtype)
+        lost = lost.sum()
         reach = _largest(torch.where(sound, computed, 0))
     largest = _largest(kept) if kept.numel() else kept.new_zeros(())
     figures = [kept.sum(), largest, (~finite).sum(), lost, reach]

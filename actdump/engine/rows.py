@@ -35,7 +35,7 @@ class Rows:
         """Return when the rows are there.
 
         Raises:
-            DataError: a finite value became infinite in the cast to the storage type.
+            DataError: a value was too large for the storage type.
         """
         if self.ready is not None:
             self.ready.synchronize()
@@ -58,8 +58,8 @@ def _overflow(site: Site, measured: Measured) -> str:
     dtype = cast(Layout, site.layout).dtype
     largest = {name: torch.finfo(getattr(torch, name)).max for name in (dtype, "float16", "bfloat16", "float32")}
     fitting = [f"`dtype: {name}`" for name, most in largest.items() if name != dtype and most >= measured.reach]
-    lost = f"{measured.lost} finite value{'s' * (measured.lost > 1)}"
+    lost = f"{measured.lost} value{'s' * (measured.lost > 1)}"
     return (
-        f"{site.tap.name}: {lost} too large for {dtype}, whose largest is {largest[dtype]:g} (they reach {measured.reach:g}); "
+        f"{site.tap.name}: {lost} too large for {dtype}, whose largest is {largest[dtype]:g} (the finite ones reach {measured.reach:g}); "
         f"use {' or '.join(fitting) or '`dtype: float64`'}"
     )

@@ -213,7 +213,7 @@ def _try_longest(bound: Bound, tokens: int) -> None:
     except UsageError as error:
         raise SpecError(
             f"tokenizer.max_length: the longest prompt has {tokens:,} tokens, the model's config allows {limit:,}, and more do not "
-            f"run: {error}; use at most {limit}, or cut what is too long with `truncation: true`"
+            f"run: {error}; use at most {limit:,}, with `truncation: true` to cut what is longer"
         ) from error
 
 

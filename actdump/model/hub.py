@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 
 from actdump.errors import ActdumpError, DataError, MissingError, UsageError, did_you_mean
@@ -87,9 +87,14 @@ def wording(spec: ModelSpec) -> Iterator[None]:
             f"model: `{name}` does not fit into the device's memory: {first_line(error)}; use a narrower `model.dtype`, "
             "`device_map: auto`, or `device: cpu`"
         ) from error
-    except (ValueError, TypeError, ImportError, KeyError, RuntimeError) as error:
+    except (ValueError, TypeError, ImportError, KeyError, RuntimeError, StrictDataclassError) as error:
         raise UsageError(f"model: `{name}` cannot be loaded: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:
+    """An error in a line; that of a config's field is in two."""
+    if isinstance(error, StrictDataclassError):
+        return " ".join(str(error).split())
+    if isinstance(error, KeyError):
+        return f"transformers does not know {error}, which the config names"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import MODEL_MAPPING, AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -125,7 +126,7 @@ def _own_config(given: dict[str, Any]) -> Any:
         rest = {key: value for key, value in given.items() if key != "model_type"}
         try:
             return AutoConfig.for_model(kind, **rest)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, StrictDataclassError) as error:
             raise SpecError(f"model.config: {first_line(error)}") from None
 
 
