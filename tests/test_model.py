@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from needs import need_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -123,6 +124,28 @@ def test_another_task_warns_of_random_weights(tmp_path: Path, caplog) -> None:
     assert "they are random" in caplog.text
     assert "cls.predictions.transform.dense.weight" in model.drawn(loaded)
     assert "bert.embeddings.word_embeddings.weight" not in model.drawn(loaded)
+
+
+def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(**{name: value for name, value in GPT2.items() if name != "model_type"})).save_pretrained(
+        tmp_path
+    )
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["transformer.h.1.mlp.c_fc.bias"] = torch.zeros(5)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UsageError, match=r"other shapes .*: transformer\.h\.1\.mlp\.c_fc\.bias is \(5,\) and should be \(128,\)"
+    ):
+        model.load(model.find(ModelSpec(name=str(tmp_path))))
+
+
+def test_blocks_that_the_config_has_no_place_for_are_told(tmp_path: Path, caplog) -> None:
+    BertForMaskedLM(BertConfig(**{**BERT, "num_hidden_layers": 2})).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with caplog.at_level(logging.WARNING, "actdump"):
+        model.load(model.find(ModelSpec(name=str(tmp_path))))
+    assert "are not used: bert.encoder.layer.1" in caplog.text
 
 
 def test_a_checkpoint_of_another_class_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import logging
 import os
 import platform
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -95,6 +95,7 @@ def _loaded(source: Source) -> nn.Module:
     options: dict[str, Any] = {
         "dtype": "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype),
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # told below; transformers names them in a report on the screen alone
     }
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
@@ -102,6 +103,10 @@ def _loaded(source: Source) -> nn.Module:
         options["device_map"] = spec.device_map
     with quiet(), wording(spec):
         model, info = CLASSES[source.task].from_pretrained(str(spec.folder or spec.name), **hub_options(spec), **options)
+    if wrong := sorted(info["mismatched_keys"]):
+        told = [f"{name} is {tuple(found)} and should be {tuple(shape)}" for name, found, shape in wrong]
+        raise UsageError(f"model: weights of `{spec.source}` have other shapes than its config says: {few(told)}")
+    _warn_of_unused(model, info["unexpected_keys"])
     model.drawn = tuple(sorted(info["missing_keys"]))
     if model.drawn:
         _check_some_loaded(source, model)
@@ -111,6 +116,19 @@ def _loaded(source: Source) -> nn.Module:
         )
     result: nn.Module = model
     return result
+
+
+def _warn_of_unused(model: nn.Module, names: Iterable[str]) -> None:
+    """Warn of blocks in the checkpoint that the model does not have. A head that is not asked for is no surprise."""
+    modules = dict(model.named_modules())
+    paths = ((name.split("."), at) for name in names for at in range(1, name.count(".")))
+    found = {
+        ".".join(parts[: at + 1])
+        for parts, at in paths
+        if parts[at].isdigit() and isinstance(modules.get(".".join(parts[:at])), nn.ModuleList)
+    }
+    if unused := sorted(found - modules.keys()):
+        log.warning("the checkpoint has blocks that its config has no place for, and that are not used: %s", few(unused))
 
 
 def _check_some_loaded(source: Source, model: nn.Module) -> None:
