@@ -285,7 +285,7 @@ def said(error: Any, where: Where) -> str:
     return f"{key}: {error['msg']}"
 
 
-def model_spec(name: str, options: Mapping[str, Any]) -> ModelSpec:
+def model_spec(name: str | None, options: Mapping[str, Any]) -> ModelSpec:
     """The `model` part of a spec, from Python.
 
     Raises:

@@ -133,10 +133,11 @@ def wrap(module: nn.Module, tokenizer: Any = None) -> Model:
     return Model(module, tokenizer)
 
 
-def load(name: str, **options: Any) -> Model:
+def load(name: str | None = None, **options: Any) -> Model:
     """A model of the hub or a local folder, with its tokenizer, ready for `trace`.
 
     Args:
+        name: a hub id or a folder; none where `config=` makes a model of random weights.
         options: the keys of the spec's `model`: `revision`, `task`, `dtype`, `device`, `attn_implementation`, `gguf_file`, …
 
     Raises:
