@@ -1,5 +1,6 @@
 """What all tests need."""
 
+import logging
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on a busy machine, spinning threads take minutes
@@ -10,6 +11,16 @@ import torch
 from actdump.model import avoid_faulty_amx
 
 avoid_faulty_amx()  # oneDNN looks at its environment once, at its first use, which could be in any test
+
+
+@pytest.fixture(autouse=True)
+def the_log_as_it_was():
+    """The command line sets the log up for its whole process, and here other tests follow in it."""
+    log = logging.getLogger("actdump")
+    handlers, level, propagate = log.handlers, log.level, log.propagate
+    yield
+    log.handlers, log.propagate = handlers, propagate
+    log.setLevel(level)
 
 
 @pytest.fixture
