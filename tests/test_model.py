@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from transformers import (
 from actdump import model
 from actdump.errors import MissingError, SpecError, UsageError
 from actdump.model import hub, tokenizer
+from actdump.model.source import _default_task
 from actdump.prompts import Prompt
 from actdump.spec import ModelSpec, TokenizerSpec
 
@@ -396,3 +398,18 @@ def test_a_broken_tokenizer_file(source: model.Source, words: Path) -> None:
     (words / "tokenizer.json").write_text(json.dumps({"version": "1.0"}))
     with pytest.raises(MissingError, match="tokenizer: none can be loaded from"):
         ids([prompt("x")], source, words)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "task"),
+    [
+        ("QWenLMHeadModel", "qwen", "causal-lm"),  # of remote code, as the next two
+        ("NewForCausalLM", "new", "causal-lm"),
+        ("NewForMaskedLM", "new", "masked-lm"),
+        ("BertForSequenceClassification", "bert", "base"),
+        ("ReformerModelWithLMHead", "reformer", "causal-lm"),
+        ("UMT5EncoderModel", "umt5", "text-encoding"),
+    ],
+)
+def test_the_task_is_that_of_the_architecture(architecture: str, kind: str, task: str) -> None:
+    assert _default_task(SimpleNamespace(architectures=[architecture], model_type=kind)) == task

@@ -150,7 +150,9 @@ def _default_task(config: Any) -> str:
             known = names.get(config.model_type, ())
             if architecture in ((known,) if isinstance(known, str) else known):
                 return task
-        return "causal-lm" if architecture.endswith("ForCausalLM") else "base"  # one of remote code, say, or with another head
+        if architecture.endswith(("ForCausalLM", "LMHeadModel")):  # of remote code
+            return "causal-lm"
+        return "masked-lm" if architecture.endswith("ForMaskedLM") else "base"
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "masked-lm"
     return "causal-lm" if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "base"
