@@ -208,11 +208,14 @@ def _unlike(one: Column, other: Column) -> str | None:
 
 def _token_axis(column: Column) -> int | None:
     """The axis of a prompt's value that counts tokens."""
-    ragged = [place for place, dim in enumerate(column.layout.dims) if isinstance(dim, Slice)]
-    if ragged:
-        return ragged[0]
+    dims = column.layout.dims
+    if not column.tokens.startswith("["):
+        return next((place for place, dim in enumerate(dims) if isinstance(dim, Slice)), None)
     inner = [axis for axis in column.axes if axis != "batch"]
-    return inner.index("token") if column.tokens.startswith("[") and "token" in inner else None
+    inner = inner[1:] if inner[0] == "1" and len(inner) > len(dims) else inner  # a table, the same for all prompts
+    if len(inner) != len(dims):
+        return None  # an index took an axis; the value is compared as a whole
+    return next((place for place, axis in enumerate(inner) if "token" in axis.split("*")), None)
 
 
 def _token(column: Column, axis: int | None, row: int, tokens: int) -> int | None:

@@ -349,6 +349,8 @@ KINDS = {
     "one head": ("gpt2", "transformer.h[1].attn.output[1][:, 0]", {}),
     "two tokens of one head": ("gpt2", "transformer.h[1].attn.output[1][:, 0]", {"tokens": [0, -1]}),
     "two scores of one head": ("gpt2", "transformer.h[1].attn.output[1][0, 1, ..., 0]", {"tokens": [0, -1]}),
+    "two scores of one head, item by item": ("gpt2", "transformer.h[1].attn.output[1][0][3]", {"tokens": [0, -1]}),
+    "two values of the only row": ("llama", "model.layers[0].output[0][0][:, 5]", {"tokens": [0, -1]}),
     "index": ("gpt2", "transformer.h[1].output[0][:, -1]", {}),
     "arguments": ("gpt2", "transformer.h[1].mlp.inputs[0][0]", {}),
     "results": ("gpt2", "transformer.h[1].attn.outputs[0][0]", {}),

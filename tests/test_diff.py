@@ -332,3 +332,24 @@ def test_mistakes(root, tmp_path):
     command(root, root, "--rtol", "-1", code=2)
     command(root, root, "--atol", "nan", code=2)
     command(root, code=2)
+
+
+def test_chosen_tokens_of_attention_and_of_a_table_are_counted_along_the_query(tmp_path):
+    llama = {"model_type": "llama", "vocab_size": 60, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
+    save = {
+        "scores": {"address": "model.layers[0].self_attn.output[1]", "tokens": [0, -1]},
+        "table": {"address": "model.rotary_emb.output[0]", "tokens": [-1]},
+    }
+    for theta in (1e4, 1e5):
+        config = {**llama, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+        job.run(
+            Spec.model_validate({
+                "model": {"config": config, "attn_implementation": "eager"}, "save": save,
+                "prompts": [{"input_ids": list(range(3, 3 + length))} for length in (6, 3, 8)],
+            }),
+            tmp_path / str(theta),
+        )  # fmt: skip
+    found = compare(tmp_path / "10000.0", tmp_path / "100000.0")
+    assert (tap(found, "scores").tokens, tap(found, "table").tokens) == (6, 3)
+    assert any("scores: " in fault and "token 5" in fault for fault in found.faults)
