@@ -19,6 +19,13 @@ from actdump.tap import Tap
 LENGTHS = (4, 9, 2, 17, 7, 7, 3, 12, 1, 5, 14, 6)
 EVEN = (6, 6, 6)
 TOLERANCE = 1e-5
+SIZES = {
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "intermediate_size": 24,
+    "vocab_size": VOCABULARY,
+}
 
 
 def prompts(lengths=LENGTHS):
@@ -490,14 +497,7 @@ def test_a_tap_that_cannot_be_captured_is_a_fault_before_any_work(name):
 
 def test_a_model_that_replaces_its_modules_in_a_forward_is_refused():
     """BigBird does at its first short prompt, for good: its long prompts are not computed as they would be alone."""
-    sizes = {
-        "hidden_size": 16,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 2,
-        "intermediate_size": 24,
-        "vocab_size": VOCABULARY,
-    }
-    model = AutoModel.from_config(AutoConfig.for_model("big_bird", attention_type="block_sparse", block_size=4, **sizes)).eval()
+    model = AutoModel.from_config(AutoConfig.for_model("big_bird", attention_type="block_sparse", block_size=4, **SIZES)).eval()
     with pytest.raises(UsageError, match=r"^BigBirdModel replaces modules of its own in a forward \(`encoder.*original_full"):
         probed(model, [tap("encoder.layer[0].output")])
 
@@ -601,17 +601,10 @@ def test_a_default_device_changes_nothing():
 
 def reading_pad():
     """Models that are given no mask make one of the pad id; and one that does not."""
-    sizes = {
-        "hidden_size": 16,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 2,
-        "intermediate_size": 24,
-        "vocab_size": VOCABULARY,
-    }
     torch.manual_seed(0)
     return {
         "dpr": (
-            AutoModel.from_config(AutoConfig.for_model("dpr", pad_token_id=1, initializer_range=0.3, **sizes)).eval(),
+            AutoModel.from_config(AutoConfig.for_model("dpr", pad_token_id=1, initializer_range=0.3, **SIZES)).eval(),
             True,
         ),
         "xlm": (

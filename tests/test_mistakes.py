@@ -994,3 +994,17 @@ def test_weights_that_the_checkpoint_lacks_are_in_the_manifest():
     said = run("model: {name: bert, task: base}\nprompts: [{input_ids: [1, 2]}]\nsave: [pooler.output]\noutput: out\n", "-q")
     assert said.code == 0
     assert "the checkpoint lacks pooler.dense.bias, pooler.dense.weight" in actdump("show", "out").out
+
+
+@pytest.mark.parametrize(
+    ("config", "seed", "told"),
+    [
+        (TINY, "99999999999999999999999", "model.seed: Input should be less than 18446744073709551616"),
+        ("{config: {model_type: marian, vocab_size: 60}, seed: 0}", "0", "Padding_idx must be within num_embeddings"),
+    ],
+)
+def test_a_seed_and_a_pad_id_out_of_range(config: str, seed: str, told: str) -> None:
+    said = run(GOOD.replace(TINY, config.replace("seed: 0", f"seed: {seed}")))
+    assert said.code == 2
+    assert told in said.err
+    assert nothing_finished()

@@ -133,7 +133,7 @@ def _told(batch: Batch) -> Iterator[None]:
         yield
     except ActdumpError:
         raise
-    except Exception as error:
+    except Exception as error:  # told in full, and chained
         if out_of_memory(error):
             raise
         others = len(batch.numbers) - 1

@@ -87,7 +87,7 @@ def wording(spec: ModelSpec) -> Iterator[None]:
             f"model: `{name}` does not fit into the device's memory: {first_line(error)}; use a narrower `model.dtype`, "
             "`device_map: auto`, or `device: cpu`"
         ) from error
-    except (ValueError, TypeError, ImportError, KeyError, RuntimeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, ImportError, KeyError, RuntimeError, AssertionError, StrictDataclassError) as error:
         raise UsageError(f"model: `{name}` cannot be loaded: {first_line(error)}") from error
 
 

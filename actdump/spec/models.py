@@ -125,7 +125,9 @@ class ModelSpec(_Strict):
     config: str | dict[str, Any] | None = Field(
         None, description="random weights from this config (a mapping with model_type, or a folder)"
     )
-    seed: int = Field(0, description="the seed of random weights, those that a checkpoint lacks among them")
+    seed: int = Field(
+        0, ge=-(2**63), lt=2**64, description="the seed of random weights, those that a checkpoint lacks among them"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
