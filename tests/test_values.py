@@ -13,6 +13,7 @@ import torch
 from needs import need_model
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from zoo import DEVICE
 
 import actdump
 from actdump import job
@@ -73,7 +74,7 @@ class Case:
         """The same model, made without actdump."""
         torch.manual_seed(0)
         kind = {"causal-lm": AutoModelForCausalLM, "base": AutoModel}[self.task]
-        return kind.from_config(AutoConfig.for_model(**self.config)).eval()
+        return kind.from_config(AutoConfig.for_model(**self.config)).eval().to(DEVICE)
 
 
 def config(kind: str, **own: Any) -> dict[str, Any]:
@@ -213,11 +214,11 @@ def oracle(module, places, ids):
             else:
                 value = result if take == "output" else result[take]
                 value = value[0] if isinstance(value, tuple) else value
-            calls[name].append(value.clone())
+            calls[name].append(value.to("cpu", copy=True))
 
         keep.append(module.get_submodule(place.path).register_forward_hook(hook, with_kwargs=True))
     with torch.no_grad():
-        module(input_ids=torch.tensor([ids]))
+        module(input_ids=torch.tensor([ids], device=DEVICE))
     for handle in keep:
         handle.remove()
     for name, place in places.items():
@@ -264,7 +265,7 @@ def front(request, tmp_path):
         model = actdump.wrap(case.plain())
         with torch.no_grad(), model.trace(prompts):
             saved = {name: saved_place(model, place) for name, place in case.places.items()}
-        return [{name: each.value[number] for name, each in saved.items()} for number in range(len(prompts))], True
+        return [{name: each.value[number].cpu() for name, each in saved.items()} for number in range(len(prompts))], True
 
     def one(case, prompts):
         model = actdump.wrap(case.plain())
@@ -272,7 +273,7 @@ def front(request, tmp_path):
         for ids in prompts:
             with torch.no_grad(), model.trace(ids):
                 saved = {name: saved_place(model, place) for name, place in case.places.items()}
-            found.append({name: each.value for name, each in saved.items()})
+            found.append({name: each.value.cpu() for name, each in saved.items()})
         return found, True
 
     return {"yaml": yaml, "trace of several": several, "trace of one": one}[request.param]
@@ -380,7 +381,7 @@ def compared(folder, kind, places, dtype, out):
     save = {name: place.address for name, place in places.items()}
     dump = made(out, model={"name": str(folder), "dtype": dtype}, prompts=list(TEXTS), save=save)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    module = kind.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    module = kind.from_pretrained(folder, dtype=getattr(torch, dtype)).eval().to(DEVICE)
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
     assert_padded(dump, list(map(len, prompts)))
     assert [prompt.tokens for prompt in dump.prompts] == prompts

@@ -34,7 +34,7 @@ from needs import need_model
 from test_values import SELECTIONS, TEXTS, assert_padded, made, random_ids
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-from zoo import FAMILIES, Toy
+from zoo import DEVICE, FAMILIES, Toy
 
 import actdump
 from actdump import engine, job
@@ -168,7 +168,9 @@ def forward(model, ids):
     hooks = []
 
     def keep(path, port, value):
-        held[path, port].append([each.clone() if isinstance(each, torch.Tensor) else None for each in entries_of(value)])
+        held[path, port].append(
+            [each.to("cpu", copy=True) if isinstance(each, torch.Tensor) else None for each in entries_of(value)]
+        )
 
     for path, module in model.named_modules():
 
@@ -180,7 +182,7 @@ def forward(model, ids):
 
         hooks += [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
     with torch.no_grad():
-        model(input_ids=torch.tensor([ids]))
+        model(input_ids=torch.tensor([ids], device=DEVICE))
     for hook in hooks:
         hook.remove()
     return held
@@ -380,7 +382,7 @@ def test_selections_are_those_of_the_prompt(key, tmp_path):
 def last_values(model, ids):
     """What a plain forward of these rows, without a mask, gives at the end."""
     with torch.no_grad():
-        return next(iter(model(input_ids=torch.tensor(ids)).values()))
+        return next(iter(model(input_ids=torch.tensor(ids, device=DEVICE)).values())).cpu()
 
 
 @pytest.mark.parametrize("key", FAMILIES)
@@ -510,7 +512,7 @@ def traced(model, prompts, *, at_once):
     for given in [prompts] if at_once else prompts:
         with torch.no_grad(), model.trace(given):
             saved = model.model.layers[1].output.save()
-        found += saved.value if at_once else [saved.value]
+        found += [value.cpu() for value in (saved.value if at_once else [saved.value])]
     return found
 
 
@@ -542,7 +544,7 @@ DRIFT = {
 
 def real(name, dtype, texts):
     folder = need_model(name)
-    model = REAL[name].from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model = REAL[name].from_pretrained(folder, dtype=getattr(torch, dtype)).eval().to(DEVICE)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return Subject({"name": str(folder), "dtype": dtype}, model, [tokenizer(text)["input_ids"] for text in texts])
 

@@ -9,6 +9,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, logging
 
 logging.set_verbosity_error()
 
+# Where `device: auto` puts a model, so that the models that are compared with it compute there too.
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 VOCABULARY = 60
 POSITIONS = 64
 
@@ -39,7 +41,7 @@ class Family:
         torch.manual_seed(0)
         kind = {"causal-lm": AutoModelForCausalLM, "base": AutoModel}[self.task]
         options |= {"attn_implementation": attention} if attention else {}
-        return kind.from_config(AutoConfig.for_model(**self.settings), **options).eval()
+        return kind.from_config(AutoConfig.for_model(**self.settings), **options).eval().to(DEVICE)
 
 
 def _causal(title, kind, **config):
