@@ -24,6 +24,8 @@ from actdump import job, model, store, verify
 from actdump.cli import app
 from actdump.errors import ActdumpError, DataError, OccupiedError, Stopped, StorageError
 from actdump.job import lanes, loop, planning
+from actdump.job.memory import Room
+from actdump.plan import Batch
 from actdump.spec import Spec
 
 __all__ = ["forks"]
@@ -634,6 +636,20 @@ def test_a_size_that_did_not_fit_is_not_tried_again_in_the_part_but_in_the_next(
         job.run(spec, tmp_path / "out")
     assert sizes.count(64) == 2  # 8 prompts of 8 tokens, once in each of the two parts
     assert sizes.count(32) == 2 * 2 * 4
+
+
+def test_a_batch_that_fits_when_the_rows_before_it_are_gone_is_not_halved():
+    """On a device they are in its memory until the writer has them."""
+    batch, waiting, sizes = Batch((0, 1), ([1, 2], [3])), ["rows"], []
+
+    def do(given):
+        sizes.append(len(given.numbers))
+        if waiting:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    room = Room(torch.device("cpu"), lambda: bool(waiting) and not waiting.clear())
+    room.halving(batch, do)
+    assert (sizes, room.halved) == ([2, 2], 0)
 
 
 def test_a_prompt_that_does_not_fit_alone_is_named(tmp_path, monkeypatch, spec_file):

@@ -649,13 +649,14 @@ def test_a_run_holds_no_more_batches_than_the_writer_lets_wait(tmp_path, monkeyp
     do = store.Writer.do
 
     def watched(self, task, *args):
-        do(self, task, *args)
-        waiting.append(len(self._waiting))
+        put = do(self, task, *args)
+        waiting.append(len(self._tasks._left))
+        return put
 
     monkeypatch.setattr(store.Writer, "do", watched)
     job.run(make_spec(60, batch={"tokens": 20}), tmp_path / "out")
     assert len(waiting) > 20
-    assert max(waiting) <= store.AHEAD
+    assert max(waiting) <= store.BESIDE
 
 
 def test_a_part_that_is_whole_stays_where_the_next_cannot_be_begun(tmp_path, monkeypatch):

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
-from zoo import VOCABULARY, Toy
+from zoo import DEVICE, VOCABULARY, Toy
 
 import actdump
 from actdump import job
 from actdump.address import Slice
 from actdump.cli import app
-from actdump.engine.measure import Early, measure
+from actdump.engine.measure import Early, Measured, measure
 from actdump.errors import DataError
 from actdump.format import Folder, shard_from_json
 from actdump.plan import Layout
@@ -31,8 +31,10 @@ def rows(lengths, seed=0):
 
 
 def measured(values, lengths, layout=LAYOUT):
+    """The statistics of one batch, measured where `device: auto` computes."""
     early = None if layout.flat else Early(np.concatenate([np.arange(length) for length in lengths]))
-    return measure(values, values, layout, early).statistics()
+    there = values.to(DEVICE)
+    return measure(there, there, layout, early).landed(values).statistics()
 
 
 def expected(values, lengths):
@@ -67,6 +69,19 @@ def test_non_finite_values_are_counted_and_left_out():
     assert found.std == pytest.approx(sound.std(correction=0).item())
     assert found.largest == sound.abs().max().item()
     assert found.norm == pytest.approx(values.nan_to_num(0, 0, 0).double().norm(dim=1).mean().item())
+
+
+@pytest.mark.parametrize("odd", [math.nan, -math.inf, 1e30], ids=str)
+def test_what_an_accelerator_could_not_tell_is_counted_where_the_rows_land(odd):
+    """There a norm is not finite, and nobody asks why until the rows are on the CPU."""
+    values = rows((6,))
+    values[4, 2] = odd
+    early = Early(np.arange(6))
+    norms, none = torch.linalg.vector_norm(values, dim=1), torch.zeros(())
+    found = Measured(LAYOUT, early, (6, 4), norms, torch.stack([values.sum(), values.abs().max(), none, none, none]))
+    assert not norms.isfinite().all()
+    assert found.landed(values).statistics() == measure(values, values, LAYOUT, early).statistics()
+    assert found.landed(values).nonfinite == (not math.isfinite(odd))
 
 
 def test_values_whose_squares_overflow_are_finite_all_the_same():

@@ -107,7 +107,7 @@ def test_a_shard_is_a_safetensors_file_with_its_header_first(folder):
     plan = take_in(folder)
     shard = pending(folder, plan)
     hidden = temporary(folder.shard(0), store.me())
-    assert hidden.stat().st_size == shard.layout.size  # all of it is allocated before the first row
+    assert hidden.stat().st_size == shard.layout.size  # its places are known before the first row
     length = struct.unpack("<Q", hidden.read_bytes()[:8])[0]
     header = json.loads(hidden.read_bytes()[8 : 8 + length])
     assert set(header) - {"__metadata__"} == {
@@ -242,10 +242,10 @@ def test_a_disk_that_refuses_leaves_no_file(folder, monkeypatch):
     plan = take_in(folder)
     before = names(folder)
 
-    def full(descriptor, offset, size):
+    def full(descriptor, content, offset):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(StorageError, match="No space left on device"):
         pending(folder, plan)
     assert names(folder) == sorted([*before, "shards"])
@@ -456,6 +456,65 @@ def test_the_writer_lets_only_a_few_tasks_wait():
         late.join()
         writer.finish()
     assert begun == ["let in"]
+
+
+def test_a_seal_with_threads_of_its_own_keeps_no_rows_waiting():
+    gate, seen = threading.Event(), []
+    with store.Writer(seals=2) as writer:
+        writer.hold(gate.wait)
+        for number in range(3 * store.BESIDE):
+            writer.do(seen.append, number)
+        assert writer.settle() in (True, False)
+        assert sorted(seen) == list(range(3 * store.BESIDE))
+        gate.set()
+        writer.finish()
+
+
+def test_no_more_shards_are_sealed_at_once_than_was_said():
+    gate, begun = threading.Event(), []
+
+    def hold_three(writer):
+        for number in range(3):
+            writer.hold(lambda number=number: (begun.append(number), gate.wait()))
+        writer.let_go()
+        begun.append("all are let go")
+
+    with store.Writer(seals=2) as writer:
+        late = threading.Thread(target=hold_three, args=[writer])
+        late.start()
+        late.join(0.1)
+        assert sorted(begun) == [0, 1]
+        gate.set()
+        late.join()
+        writer.finish()
+    assert sorted(map(str, begun)) == ["0", "1", "2", "all are let go"]
+
+
+def test_rows_on_their_way_settle():
+    gate = threading.Event()
+    with store.Writer(seals=1) as writer:
+        writer.do(gate.wait)
+        threading.Timer(0.05, gate.set).start()
+        assert writer.settle() is True
+        assert writer.settle() is False
+    with store.Writer() as writer:  # where no rows are written later
+        writer.do(time.sleep, 0.05)
+        assert writer.settle() is False
+
+
+def test_rows_that_failed_fail_the_seal_that_waits_for_them():
+    failed = threading.Event()
+
+    def fail():
+        failed.wait()
+        raise StorageError("the disk is gone")
+
+    with pytest.raises(StorageError, match="the disk is gone"), store.Writer(seals=1) as writer:
+        put = writer.do(fail)
+        writer.hold(lambda: (put.result(), pytest.fail("sealed")))
+        writer.let_go()
+        failed.set()
+        writer.finish()
 
 
 def test_an_error_here_drops_what_waits_there():

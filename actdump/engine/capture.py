@@ -44,8 +44,8 @@ def capture(model: nn.Module, sites: Sequence[Site], feed: Feed, batch: Batch) -
 def stream(model: nn.Module, sites: Sequence[Site], feed: Feed, batch: Batch, sink: Sink) -> bool:
     """Run one forward for one batch as `capture` does, and hand the rows of each site over as soon as they are there.
 
-    Floating point rows are measured, and all are brought to the CPU; from CUDA through pinned memory on a side stream, while the
-    forward goes on. So on a CPU the sink finds rows that are still in its cache, and on CUDA it should not wait for them.
+    Floating point rows are measured. On a CPU the sink finds rows that are still in its cache. On an accelerator they are on their
+    way: whoever has time for it waits for them (`Rows.wait`), while the forward goes on.
 
     Returns:
         Whether the rows are those of the prompts alone. If not (see `capture`), they are to be forgotten, and each batch of
@@ -126,22 +126,14 @@ class _Catch:
             self.sink(rows)
 
     def _kept(self, site: Site, computed: Tensor) -> Rows:
-        """Rows in their storage type; measured if they are on their way, or if the cast could make them infinite; and landed."""
+        """Rows in their storage type; measured if they are on their way, or if the cast could make them infinite."""
         stored = computed if computed.dtype == site.dtype else computed.to(site.dtype)
         rows = Rows(site, self.padded, stored)
         if (self.sink is not None and stored.is_floating_point()) or (stored is not computed and _narrower(stored, computed)):
             rows.measured = measure(stored, computed, cast(Layout, site.layout), self.padded.early(site))
         if self.sink is not None and not stored.is_cpu:
-            self._land(rows)
+            rows.leave()
         return rows
-
-    def _land(self, rows: Rows) -> None:
-        """Bring rows and figures from the device to the CPU."""
-        device = rows.values.device
-        rows.values = _landed(rows.values)
-        if rows.measured is not None:
-            rows.measured = rows.measured.moved(_landed)
-        rows.ready = _side_stream(device).record_event() if device.type == "cuda" else None
 
     def finish(self) -> None:
         """Look at what was only copied.
@@ -178,28 +170,6 @@ class _Catch:
 def _narrower(rows: Tensor, computed: Tensor) -> bool:
     """Whether a cast could have made finite values infinite."""
     return torch.finfo(rows.dtype).max < torch.finfo(computed.dtype).max
-
-
-def _landed(values: Tensor) -> Tensor:
-    """The same values on the CPU; from CUDA they are there when what was begun on the device's side stream is done."""
-    if values.device.type != "cuda":
-        return values.cpu()
-    side = _side_stream(values.device)
-    side.wait_stream(torch.cuda.current_stream(values.device))
-    with torch.cuda.stream(side):
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
-    values.record_stream(side)
-    return host
-
-
-_SIDES: dict[torch.device, "torch.cuda.Stream"] = {}  # a model may stand on several devices
-
-
-def _side_stream(device: torch.device) -> "torch.cuda.Stream":
-    if device not in _SIDES:
-        _SIDES[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch gives it no types
-    return _SIDES[device]
 
 
 def _gathered(site: Site, value: Any, padded: Padded) -> Tensor:

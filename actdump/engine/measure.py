@@ -1,7 +1,7 @@
 """What captured rows look like, measured where they are: on their device, before they leave it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from actdump.plan import Layout
 from actdump.statistics import POSITIONS, Statistics
+
+_WIDE = (torch.float32, torch.float64)
 
 
 class Early:
@@ -35,7 +37,8 @@ class Measured:
         shape: how many vectors of how many values.
         norms: the Euclidean norm of each vector, float32.
         figures: the sum of all values, the largest absolute one, how many are not finite, how many were too large for the cast,
-            and the largest finite absolute value before the cast (0 where the cast lost none, on a CPU).
+            and the largest finite absolute value before the cast (0 where the cast lost none, on a CPU). On an accelerator none is
+            counted as not finite: a norm tells that some are, and `landed` counts them.
     """
 
     layout: Layout
@@ -59,9 +62,14 @@ class Measured:
         """The largest finite absolute value before the cast, where it lost any."""
         return float(self.figures[4])
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> "Measured":
-        """The same figures elsewhere."""
-        return replace(self, norms=move(self.norms), figures=move(self.figures))
+    def landed(self, stored: Tensor) -> "Measured":
+        """The figures on the CPU, where the rows are now. Where a norm is not finite, what is not is counted here; or only squares
+        overflowed."""
+        norms, figures = self.norms.cpu(), self.figures.cpu()
+        if not bool(norms.sum().isfinite()):
+            norms, counted = _with_care(_vectors(stored, self.layout))
+            figures = torch.stack([*(each.double() for each in counted), *figures[3:].double()])
+        return replace(self, norms=norms, figures=figures)
 
     def statistics(self) -> Statistics:
         """The figures as statistics; they must be on the CPU."""
@@ -88,26 +96,41 @@ class Measured:
 def measure(stored: Tensor, computed: Tensor, layout: Layout, early: Early | None) -> Measured:
     """Measure rows that are on their way into a file.
 
+    On an accelerator nothing waits for an answer: three looks at the rows, and some more at those that a cast made narrower.
+
     Args:
         stored: the rows as they are stored, floating point.
         computed: the rows before the cast; the same tensor where there was none.
         early: which rows are of the first tokens of prompts; `None` where a row is no token.
     """
+    vectors = _vectors(stored, layout)
+    exact = torch.float64 if vectors.dtype == torch.float64 else torch.float32
+    norms = torch.linalg.vector_norm(vectors, dim=1, dtype=exact)
+    nonfinite = lost = reach = norms.new_zeros(())
+    # Two finite numbers prove that every value is finite, and spare a look at each. On an accelerator asking would be a wait.
+    sound = vectors.is_cpu and bool(norms.sum().isfinite())
+    if computed is not stored and not (sound and _has_infinity(stored.dtype)):
+        lost, reach = _lost(vectors, computed, stored.dtype)
+    if sound or not vectors.is_cpu:
+        total, largest = vectors.sum(dtype=exact), _largest(vectors)
+    else:
+        norms, (total, largest, nonfinite) = _with_care(vectors)
+    figures = torch.stack([figure.to(norms.dtype) for figure in (total, largest, nonfinite, lost, reach)])
+    return Measured(layout, early, (vectors.shape[0], vectors.shape[1]), norms, figures)
+
+
+def _vectors(stored: Tensor, layout: Layout) -> Tensor:
+    """The rows as vectors of a type to compute with; a flat value has no rows, and is one vector."""
     width = stored.numel() if layout.flat else math.prod(layout.row)
     vectors = stored.reshape(stored.numel() // max(width, 1), width)
-    exact = vectors if vectors.dtype in (torch.float32, torch.float64) else vectors.float()
-    norms = torch.linalg.vector_norm(exact, dim=1)
-    # Two finite numbers prove that every value is finite, and spare a look at each. On an accelerator asking would be a wait.
-    tells = computed is stored or _has_infinity(stored.dtype)
-    if tells and exact.device.type == "cpu" and exact.numel() and bool(norms.sum().isfinite()):
-        none = exact.new_zeros(())
-        figures = torch.stack([exact.sum(), _largest(exact), none, none, none])
-    else:
-        norms, figures = _measured_with_care(exact, computed if computed is not stored else None, stored.dtype)
-    return Measured(layout, early, (exact.shape[0], exact.shape[1]), norms, figures)
+    # Kernels of accelerators widen what they read; those of CPUs are slower than a copy.
+    able = _WIDE if vectors.is_cpu else (*_WIDE, torch.bfloat16, torch.float16)
+    return vectors if vectors.dtype in able else vectors.float()
 
 
 def _largest(values: Tensor) -> Tensor:
+    if not values.numel():
+        return values.new_zeros(())
     low, high = values.aminmax()
     return torch.maximum(-low, high)
 
@@ -125,17 +148,19 @@ def _most(dtype: torch.dtype) -> float:
     return kind.max + 2.0 ** math.floor(math.log2(kind.max)) * kind.eps / 2
 
 
-def _measured_with_care(values: Tensor, computed: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Norms and figures where values may not be finite; on a CPU in float64, because squares may overflow too."""
-    finite = values.isfinite()
-    kept = torch.where(finite, values, 0)
-    kept = kept.double() if kept.device.type == "cpu" else kept
-    lost = reach = kept.new_zeros(())
-    if computed is not None and kept.numel():
-        sound = computed.isfinite()
-        lost = sound & ~finite.reshape(computed.shape) if _has_infinity(dtype) else computed.abs() > _most(dtype)
-        lost = lost.sum()
-        reach = _largest(torch.where(sound, computed, 0))
-    largest = _largest(kept) if kept.numel() else kept.new_zeros(())
-    figures = [kept.sum(), largest, (~finite).sum(), lost, reach]
-    return torch.linalg.vector_norm(kept, dim=1), torch.stack([figure.to(kept.dtype) for figure in figures])
+def _lost(vectors: Tensor, computed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """How many values were too large for the cast, and the largest finite absolute value before it."""
+    sound = computed.isfinite()
+    infinite = _has_infinity(dtype)
+    lost = sound & ~vectors.isfinite().reshape(computed.shape) if infinite else computed.abs() > _most(dtype)
+    return lost.sum(), _largest(torch.where(sound, computed, 0))
+
+
+def _with_care(vectors: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    """Norms; and sum, largest absolute value, and number of the values that are not finite, which are left out of all else.
+
+    On the CPU, because in float64: squares may overflow too, and not every accelerator knows that type.
+    """
+    finite = vectors.isfinite()
+    kept = torch.where(finite, vectors, 0).double()
+    return torch.linalg.vector_norm(kept, dim=1), (kept.sum(), _largest(kept), (~finite).sum())

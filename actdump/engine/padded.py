@@ -10,7 +10,7 @@ from torch import Tensor
 
 from actdump.address import Slice
 from actdump.engine.measure import Early
-from actdump.engine.site import Feed, Site
+from actdump.engine.site import Feed, Site, sent
 from actdump.plan import Batch, Layout
 from actdump.tap import Selection
 
@@ -59,7 +59,7 @@ class Padded:
         """The places in `(batch*token)` rows that a selection keeps."""
         key = selection, device
         if key not in self._indices:
-            self._indices[key] = _tensor(self._kept(selection)).to(device)
+            self._indices[key] = sent(_tensor(self._kept(selection)), device)
         return self._indices[key]
 
     def _kept(self, selection: Selection) -> list[int]:

@@ -18,11 +18,12 @@ from actdump.plan import ITEM_BYTES, Layout
 class Rows:
     """What one forward gave at one site: the rows of all prompts of its batch, in the batch's order.
 
-    Call `wait` before reading; on CUDA the copies may still be on their way.
+    Call `wait` before reading: those that are sent to the CPU may still be on their device.
 
     Attributes:
         values: the rows, one prompt after another.
         measured: what they look like, where somebody measured.
+        ready: on CUDA, when the device will have computed them; `None` for rows that nobody sent on their way.
     """
 
     site: Site
@@ -31,6 +32,13 @@ class Rows:
     measured: Measured | None = None
     ready: "torch.cuda.Event | None" = None
 
+    def leave(self) -> None:
+        """Send the rows on their way to the CPU, where they are when somebody has waited for them."""
+        if self.values.is_cuda:
+            self.ready = torch.cuda.current_stream(self.values.device).record_event()
+        else:
+            self._arrive(self.values.cpu())
+
     def wait(self) -> None:
         """Return when the rows are there.
 
@@ -38,9 +46,30 @@ class Rows:
             DataError: a value was too large for the storage type.
         """
         if self.ready is not None:
-            self.ready.synchronize()
+            self._land(self.ready)
+            self.ready = None
         if self.measured is not None and self.measured.lost:
             raise DataError(_overflow(self.site, self.measured))
+
+    def _land(self, ready: "torch.cuda.Event") -> None:
+        """Copy the rows from the device, in whatever thread has time for it; nothing but their own forward keeps it waiting.
+
+        On a stream of its own, because the next forwards stand in the device's usual one, and through pinned memory, which the
+        device writes to by itself and whose pieces torch keeps for the next rows. So a thread that lands takes one piece of it, and
+        whoever captures waits neither for the copy nor for the memory.
+        """
+        stream = torch.cuda.Stream(self.values.device)  # type: ignore[no-untyped-call] # torch gives it no types
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
+            host = _pinned(self.values)
+            host.copy_(self.values, non_blocking=True)
+            stream.synchronize()
+            self._arrive(host)
+
+    def _arrive(self, values: Tensor) -> None:
+        self.values = values
+        if self.measured is not None:
+            self.measured = self.measured.landed(values)
 
     def buffer(self) -> "np.ndarray":
         """The bytes of the rows, without a copy where they stand one after another."""
@@ -52,6 +81,14 @@ class Rows:
         shapes = [layout.shape(length) for length in lengths]
         sizes = [layout.rows(length) * (layout.row_bytes // ITEM_BYTES[layout.dtype]) for length in lengths]
         return [flat.reshape(shape) for flat, shape in zip(torch.split(self.values.reshape(-1), sizes), shapes, strict=True)]
+
+
+def _pinned(values: Tensor) -> Tensor:
+    """Host memory for these values: pinned, or, where the host has no more of that, plain, and the copy is slower."""
+    try:
+        return torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+    except RuntimeError:
+        return torch.empty(values.shape, dtype=values.dtype, device="cpu")
 
 
 def _overflow(site: Site, measured: Measured) -> str:

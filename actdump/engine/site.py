@@ -171,12 +171,18 @@ class Feed:
 
     def arguments(self, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """The keyword arguments of one forward on ids of shape (batch, token)."""
-        arguments: dict[str, Any] = {"input_ids": ids.to(self.device)}
+        arguments: dict[str, Any] = {"input_ids": sent(ids, self.device)}
         if mask is not None and "attention_mask" in self.accepts:
-            arguments["attention_mask"] = mask.to(self.device)
+            arguments["attention_mask"] = sent(mask, self.device)
         if "use_cache" in self.accepts and self.device.type != "meta":  # without a cache, transformers looks at values
             arguments["use_cache"] = False
         return arguments
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Values on a device. CUDA takes them from pinned memory when it comes to that; from any other it would be waited for, with all
+    that it has still to do."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def feed_for(model: nn.Module) -> Feed:

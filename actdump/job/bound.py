@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # behind). The number decides bytes, so it must not vary from run to run, as a timing would. An accelerator wants many more; how many
 # has not been measured.
 AUTO_TOKENS = {"float64": 1024, "float32": 1024, "bfloat16": 1536, "float16": 1536}
-AUTO_TOKENS_ACCELERATOR = 16_384
+AUTO_TOKENS_ACCELERATOR = 4096
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,12 @@ class Room:
         halved: how many of the part's planned batches had to be run in pieces.
     """
 
-    def __init__(self, device: "torch.device") -> None:
-        self.device = device
+    def __init__(self, device: "torch.device", settle: Callable[[], bool]) -> None:
+        """
+        Args:
+            settle: returns when nothing that was captured before is in that memory any more; whether something was.
+        """
+        self.device, self._settle = device, settle
         self._told = False
         self.next_part()
 
@@ -52,31 +56,40 @@ class Room:
         return sum(self._pieces(Batch(batch.numbers[half], batch.ids[half]), do) for half in halves)
 
     def _fits(self, batch: Batch, do: Callable[[Batch], None]) -> bool:
-        """Do it with a batch whole, if it fits; the error, which holds on to the forward's tensors, is gone by the return."""
+        """Do it with a batch whole, if it fits, at the latest when what was captured before it is out of the way."""
         padded, alone = len(batch.numbers) * max(batch.lengths), len(batch.numbers) == 1
         if padded >= self._too_large and not alone:
             return False
-        try:
-            do(batch)
-            return True
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
+        while (lack := _lacking(batch, do)) is not None:
+            _free(self.device)
+            if self._settle():
+                continue
             if alone:
-                raise ActdumpError(_too_long(self.device, batch, error)) from error
-            self._tell(batch, error)
-        self._too_large = padded
-        _free(self.device)
-        return False
+                raise ActdumpError(_too_long(self.device, batch, lack))
+            self._tell(batch, lack)
+            self._too_large = padded
+            return False
+        return True
 
-    def _tell(self, batch: Batch, error: BaseException) -> None:
+    def _tell(self, batch: Batch, lack: str) -> None:
         if not self._told:
             self._told = True
             size = f"{len(batch.numbers)} prompts of up to {max(batch.lengths):,} tokens"
             log.warning(
                 "a batch of %s does not fit into the memory of %s, and is halved, as others will be; the shards' records count "
-                "them (%s)", size, self.device, _short(error),
+                "them (%s)", size, self.device, lack,
             )  # fmt: skip
+
+
+def _lacking(batch: Batch, do: Callable[[Batch], None]) -> str | None:
+    """Do it; what memory said if it ran out. Its error, which holds on to the forward's tensors, is gone by the return."""
+    try:
+        do(batch)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return _short(error)
+    return None
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -109,10 +122,10 @@ def _free(device: "torch.device") -> None:
         torch.cuda.empty_cache()
 
 
-def _too_long(device: "torch.device", batch: Batch, error: BaseException) -> str:
+def _too_long(device: "torch.device", batch: Batch, lack: str) -> str:
     return (
         f"prompt {batch.numbers[0]} of {batch.lengths[0]:,} tokens does not fit into the memory of {device} even alone: "
-        f"{_short(error)}; use a device with more, a smaller `model.dtype`, or `tokenizer.max_length` with `truncation`"
+        f"{lack}; use a device with more, a smaller `model.dtype`, or `tokenizer.max_length` with `truncation`"
     )
 
 

@@ -8,7 +8,7 @@ from actdump.store.crew import WAIT, Crew, at_work
 from actdump.store.files import being_written, free_space, storage, sweep, write_atomically
 from actdump.store.intake import Intake, part_tokens
 from actdump.store.locks import Lock, me, number_and_host
-from actdump.store.shards import AHEAD, Pending, Pendings, Writer, gathered, metadata, seal
+from actdump.store.shards import Pending, Pendings, gathered, metadata, seal
 from actdump.store.standing import (
     check_free,
     check_space,
@@ -27,9 +27,11 @@ from actdump.store.standing import (
 )
 from actdump.store.status import Hand, Status, status
 from actdump.store.threads import shut_down
+from actdump.store.writer import AHEAD, BESIDE, Writer
 
 __all__ = [
     "AHEAD",
+    "BESIDE",
     "WAIT",
     "Crew",
     "Hand",

@@ -92,9 +92,9 @@ def sweep(folder: Folder) -> None:
 
 
 def being_written(folder: Folder) -> int:
-    """How many bytes the temporary files of the shards take."""
+    """How many bytes the temporary files of the shards take; they have holes where rows are to come."""
     with suppress(FileNotFoundError):
-        return sum(path.stat().st_size for path, _ in _marked(folder.shards))
+        return sum(path.stat().st_blocks * 512 for path, _ in _marked(folder.shards))
     return 0  # one of them got its final name
 
 

@@ -1,16 +1,13 @@
-"""Shards being written, the thread that writes them, and the manifest that seals the dump."""
+"""Shards being written, and the manifest that seals the dump."""
 
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from types import TracebackType
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Self
 
-from actdump.errors import DataError, StorageError
+from actdump.errors import DataError
 from actdump.format import (
     OFFSETS,
     TOKENS,
@@ -29,14 +26,12 @@ from actdump.statistics import Statistics, merged
 from actdump.store.files import storage, to_json, write, write_atomically
 from actdump.store.locks import me
 from actdump.store.standing import done
-from actdump.store.threads import shut_down
 
 if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, Any]
 
-AHEAD = 2  # batches, or shards, that may wait for the writer
 FLUSH = 64 << 20  # bytes after which what was put is flushed, if the writer has nothing else to do
 
 
@@ -60,8 +55,8 @@ class Pending:
         }
         sizes = [np.diff(self.offsets[name]) * column.layout.row_bytes for name, column in self.columns.items()]
         self._sizes = np.sum(sizes, axis=0)  # bytes of each prompt
-        self._unflushed = 0
-        with storage(self.hidden):
+        self._unflushed, self._counting = 0, Lock()
+        with storage(self.final):
             folder.shards.mkdir(exist_ok=True)
             self.descriptor = os.open(self.hidden, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
@@ -73,14 +68,8 @@ class Pending:
     def _begin(self, ids: "Sequence[Array]") -> None:
         import numpy as np
 
-        try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self.descriptor, 0, self.layout.size)
-            else:  # macOS
-                os.ftruncate(self.descriptor, self.layout.size)
-        except OSError as error:
-            raise StorageError(f"{self.final}: {self.layout.size:,} bytes cannot be allocated: {error.strerror}") from error
-        with storage(self.hidden):
+        with storage(self.final):
+            os.ftruncate(self.descriptor, self.layout.size)
             write(self.descriptor, self.layout.header, 0)
             for name, offsets in self.offsets.items():
                 self._place(name + OFFSETS, offsets)
@@ -100,7 +89,7 @@ class Pending:
         offsets, size = self.offsets[name], self.columns[name].layout.row_bytes
         start, view = self.layout.tensors[name].start, buffer.data
         taken = 0
-        with storage(self.hidden):
+        with storage(self.final):
             for place in places:
                 first, last = int(offsets[place]) * size, int(offsets[place + 1]) * size
                 write(self.descriptor, view[taken : taken + last - first], start + first)
@@ -109,9 +98,10 @@ class Pending:
             raise DataError(f"{name}: a batch gave {len(view)} bytes where {taken} were planned")
 
     def complete(self, places: Sequence[int]) -> None:
-        """The rows of these prompts were put at every tap."""
-        self.missing.difference_update(places)
-        self._unflushed += int(self._sizes[list(places)].sum())
+        """The rows of these prompts were put at every tap. Several threads can say so at once, as of `put`."""
+        with self._counting:
+            self.missing.difference_update(places)
+            self._unflushed += int(self._sizes[list(places)].sum())
 
     @property
     def wants_flush(self) -> bool:
@@ -121,7 +111,7 @@ class Pending:
     def flush(self) -> None:
         """Bring what was put so far to the device."""
         self._unflushed = 0
-        with storage(self.hidden):
+        with storage(self.final):
             os.fsync(self.descriptor)
 
     def seal(self, statistics: Mapping[str, Statistics], written: Mapping[str, Any]) -> Shard:
@@ -195,71 +185,6 @@ def metadata(plan: Plan, part: Part) -> dict[str, str]:
         "first_prompt": str(part.first),
         "taps": json.dumps(names, ensure_ascii=False),
     }
-
-
-class Writer:
-    """One thread that does tasks in order, a few at most waiting; what goes wrong there is raised at the next call here."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="actdump-writer")
-        self._waiting: deque[Future[Any]] = deque()
-        self._held: Callable[[], None] | None = None
-        self._failure: BaseException | None = None
-
-    def do(self, task: Callable[..., Any], *args: Any) -> None:
-        """Let the thread do this; waits while too much is waiting there."""
-        self.let_go()
-        self._submit(partial(task, *args))
-
-    def hold(self, task: Callable[..., Any], *args: Any) -> None:
-        """Let the thread do this when the next call of `let_go`, `do` or `finish` comes."""
-        self.let_go()
-        self._held = partial(task, *args)
-
-    def let_go(self) -> None:
-        """Let the thread do what was held."""
-        if self._held is not None:
-            task, self._held = self._held, None
-            self._submit(task)
-
-    def _submit(self, task: Callable[[], Any]) -> None:
-        while self._waiting and (len(self._waiting) >= AHEAD or self._waiting[0].done()):
-            self._waiting.popleft().result()
-        self._check()
-        self._waiting.append(self._thread.submit(self._run, task))
-
-    def flush(self, shard: Pending) -> None:
-        """Let the thread flush a shard that wants it, if it has nothing else to do: its waiting for the disk costs nobody time."""
-        if shard.wants_flush and all(task.done() for task in self._waiting):
-            self.do(shard.flush)
-
-    def _run(self, task: Callable[[], Any]) -> None:
-        """Do a task, unless one before it failed: what follows may build on it, as a seal does on the rows."""
-        if self._failure is not None:
-            return
-        try:
-            task()
-        except BaseException as failure:
-            self._failure = failure
-            raise
-
-    def _check(self) -> None:
-        """Raise what went wrong, again and again: whoever got it first may have taken it for something of its own."""
-        if self._failure is not None:
-            raise self._failure
-
-    def finish(self) -> None:
-        """Return when all is done."""
-        self.let_go()
-        while self._waiting:
-            self._waiting.popleft().result()
-        self._check()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        shut_down(self._thread, cancel=kind is not None)
 
 
 def gathered(folder: Folder, plan: Plan) -> Manifest | None:

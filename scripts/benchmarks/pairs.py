@@ -76,7 +76,7 @@ def _paired(run: Dumping, base: nn.Module) -> tuple[float, Pairs]:
 def _beside(base: nn.Module) -> Iterator[Pairs]:
     """While the block runs, every batch of a run has its bare forward beside it."""
     pairs = Pairs()
-    stream, work = engine.stream, store.Writer._run
+    stream, submit = engine.stream, store.Writer._submit
 
     def forward(ids: Sequence[Sequence[int]]) -> None:
         began = perf_counter()
@@ -95,15 +95,22 @@ def _beside(base: nn.Module) -> Iterator[Pairs]:
             forward(batch.ids)
         return alone
 
-    def worked(writer: store.Writer, task: Callable[..., Any], *args: Any) -> None:
-        began = thread_time()
-        try:
-            work(writer, task, *args)
-        finally:
-            pairs.writer += thread_time() - began
+    def submitted(writer: store.Writer, threads: Any, task: Callable[[], Any]) -> Any:
+        def worked() -> None:
+            began = thread_time()
+            try:
+                task()
+            finally:
+                pairs.writer += thread_time() - began
+
+        return submit(writer, threads, worked)
 
     with ExitStack() as stack:
-        changes = (engine, "stream", stream, streamed), (store.Writer, "_run", work, worked), (lanes, "MOST", lanes.MOST, 1)
+        changes = (
+            (engine, "stream", stream, streamed),
+            (store.Writer, "_submit", submit, submitted),
+            (lanes, "MOST", lanes.MOST, 1),
+        )
         for owner, name, real, ours in changes:
             setattr(owner, name, ours)
             stack.callback(setattr, owner, name, real)
