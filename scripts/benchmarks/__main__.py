@@ -18,7 +18,7 @@ SECTIONS = {
     "explore": "what is fastest here: dtype, threads, batches, attention, forwards side by side",
     "audit": "its share of A",
     "workers": "A by two workers; the share of locks, plan and records",
-    "gpu": "a model of 3 billion parameters on a GPU",
+    "gpu": "a model of 7 billion parameters on a GPU",
 }
 
 

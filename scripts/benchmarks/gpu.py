@@ -1,66 +1,168 @@
-"""The same table on a GPU: a model of 3 billion parameters with random weights, bfloat16."""
+"""The same table on a GPU: a model of 7 billion parameters with random weights, bfloat16."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from operator import sub
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from actdump import model
-from actdump.spec import ModelSpec
-from benchmarks.bare import bare, best_budget, forwards, padded_batches
-from benchmarks.rounds import Figure, Goal, in_turns, timed, times
-from benchmarks.running import Dumping, spec_of
+from actdump.plan import Part, Plan
+from benchmarks.bare import FEW_BLOCKS, bare, forwards, padded_batches
+from benchmarks.rounds import Figure, Goal, Run, in_turns, ratio, timed
+from benchmarks.running import Dumping, Stopwatch, spec_of
 from benchmarks.setting import Setting, say
 from benchmarks.subject import FOLDER, Task, tokenizer
-from benchmarks.texts import mixed
+from benchmarks.texts import Prompts, mixed, uniform
 
-MODEL = {"model_type": "llama", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
-         "num_attention_heads": 24, "num_key_value_heads": 8, "vocab_size": 49152, "dtype": "bfloat16"}  # fmt: skip
+MODEL = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 49_152, "dtype": "bfloat16"}  # fmt: skip
 SOURCE = {"config": MODEL, "dtype": "bfloat16"}
-BUDGETS = (4096, 8192, 16_384, 32_768, 65_536)
-TASKS = (
-    Task("A (3 layers)", (5, 10, 15)),
-    Task("8 layers", tuple(range(3, 28, 3))[:8]),
-    Task("B (all layers)", tuple(range(28))),
-    Task("C (last token)", (5, 10, 15), tokens="last"),
+BUDGETS = (1024, 2048, 4096, 8192, 16_384, 32_768)
+MEMORY = Path("/dev/shm")
+SHARDS = {"size": "4 GB"}  # the usual 1 GB holds 15,000 tokens of 8 layers, few to sort: a fifth of all would be padding
+
+DISK, RAM = "to the disk", "to memory"  # which tells what a faster disk would give
+
+
+@dataclass(frozen=True)
+class Case:
+    """A task, the prompts, as many as its bytes leave room for, and where it is written."""
+
+    task: Task
+    kind: Callable[[Any, int], Prompts]
+    prompts: int
+    places: tuple[str, ...] = (DISK,)
+    goal: Goal | None = None
+
+
+EIGHT = Task("8 layers", tuple(range(3, 32, 4)))
+CASES = (
+    Case(EIGHT, mixed, 3072, (DISK, RAM), Goal("at least", 0.95)),
+    Case(EIGHT, uniform, 1024, (RAM,), Goal("at least", 0.95)),
+    Case(Task("A (3 layers)", (5, 10, 15)), mixed, 1536),
+    Case(Task("C (last token)", (5, 10, 15), tokens="last"), mixed, 1536),
+    Case(Task("B (all layers)", tuple(range(32))), mixed, 256),
 )
-GOAL = Goal("at least", 0.95)  # with 8 layers saved
 
 
 def measure(setting: Setting) -> Iterator[Figure]:
-    """Tokens per second against the bare forwards, and the share of a run in which the device waits."""
+    """Tokens per second against the bare forwards, and the share of a capture in which the device waits."""
     if not torch.cuda.is_available():
         say("there is no GPU here, so nothing is measured on one")
         return
     say(torch.cuda.get_device_name())
-    prompts = mixed(tokenizer(), setting.some(4096, 64))
-    say(prompts.described())
-    whole = model.load(model.find(ModelSpec.model_validate(SOURCE)))
-    batches = padded_batches(prompts.ids, best_budget(whole, prompts.ids, setting.some(2, 1), BUDGETS), "cuda")
-    file, out = setting.saved(prompts), setting.scratch / "dump"
+    whole = made()
+    budgets = _budgets(setting, whole, mixed(tokenizer(), setting.some(1024, 64)))
+    yield from budgets.values()
+    budget = max(budgets, key=lambda budget: budgets[budget].value)
     with already_loaded(whole):
-        for task in TASKS:
-            run = Dumping(spec_of(task, SOURCE, file, tokenizer={"name": str(FOLDER)}), out)
-            limit = timed(forwards(bare(whole, task.depth), batches))
-            limit()
-            taken = in_turns({"the limit": limit, "actdump": run}, setting.rounds)
-            yield from times(taken, task.name)
-            yield from _speeds(task, prompts.tokens, taken)
-            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-                run()
-            yield Figure(f"{task.name}: the device waits", 100 * (1 - busy(profiler.events())), "%")
+        for case in CASES:
+            prompts = case.kind(tokenizer(), setting.some(case.prompts, 64))
+            yield from _compared(Sides(setting, whole, case.task, budget), case, prompts)
 
 
-def _speeds(task: Task, tokens: int, taken: dict[str, tuple[float, ...]]) -> Iterator[Figure]:
-    for side, each in taken.items():
-        speeds = tuple(tokens / seconds for seconds in each)
-        yield Figure(f"{task.name}: {side}", sorted(speeds)[len(speeds) // 2], "tokens/s", speeds)
-    ratios = tuple(first / second for first, second in zip(taken["the limit"], taken["actdump"], strict=True))
-    goal = GOAL if len(task.layers) == 8 else None
-    yield Figure(f"{task.name}: speed / the limit's", sorted(ratios)[len(ratios) // 2], "×", ratios, goal)
+def made() -> nn.Module:
+    """The model, drawn on the device, where it takes a second."""
+    with torch.device("cuda"):
+        drawn: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODEL), dtype=torch.bfloat16)
+    return drawn.eval()
+
+
+def _budgets(setting: Setting, whole: nn.Module, prompts: Prompts) -> dict[int, Figure]:
+    """How fast forwards in batches of these sizes are."""
+    few = bare(whole, FEW_BLOCKS)
+    sides = {str(budget): timed(forwards(few, padded_batches(prompts.ids, budget, "cuda"))) for budget in BUDGETS}
+    for run in sides.values():
+        run()
+    title = f"bare forwards of {FEW_BLOCKS} blocks in batches of"
+    return {
+        int(budget): _speed(f"{title} {budget}", prompts.tokens, taken)
+        for budget, taken in in_turns(sides, setting.rounds).items()
+    }
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What is measured of a task: the bare forwards, and runs that write into a folder."""
+
+    setting: Setting
+    whole: nn.Module
+    task: Task
+    budget: int
+
+    def limit(self, prompts: Prompts) -> Run:
+        return timed(forwards(bare(self.whole, self.task.depth), padded_batches(prompts.ids, self.budget, "cuda")))
+
+    def run(self, prompts: Prompts, folder: Path, **rest: Any) -> Dumping:
+        spec = spec_of(self.task, SOURCE, self.setting.saved(prompts), tokenizer={"name": str(FOLDER)}, shard=SHARDS)
+        return Dumping(spec, folder / "dump", **rest)
+
+
+def _compared(sides: Sides, case: Case, prompts: Prompts) -> Iterator[Figure]:
+    """A run against the limit; and what half as many prompts more cost both, which leaves out what a run does once."""
+    say(prompts.described())
+    half = prompts.some(len(prompts.texts) // 2)
+    with _folders(sides.setting, case) as folders:
+        runs: dict[str, Run] = {"limit": sides.limit(prompts), "limit, half": sides.limit(half)}
+        for place, folder in folders.items():
+            runs |= {place: sides.run(prompts, folder), f"{place}, half": sides.run(half, folder)}
+        for name in list(runs)[1::2]:
+            runs[name]()  # the first of a process are slower
+        taken = in_turns(runs, sides.setting.rounds)
+        title = f"{case.task.name}, {prompts.name}"
+        yield _speed(f"{title}: the limit", prompts.tokens, taken["limit"])
+        for place, folder in folders.items():
+            yield _speed(f"{title}: actdump {place}", prompts.tokens, taken[place])
+            yield ratio(f"{title}: speed {place} / the limit's", taken, "limit", place)
+            more = {side: tuple(map(sub, taken[side], taken[f"{side}, half"])) for side in ("limit", place)}
+            goal = case.goal if place == RAM else None
+            yield ratio(f"{title}: speed {place} / the limit's, of the second half", more, "limit", place, goal)
+            yield Figure(f"{title}: {place}, the device waits", 100 * (1 - _busy(sides, half, folder)), "%")
+
+
+@contextmanager
+def _folders(setting: Setting, case: Case) -> Iterator[dict[str, Path]]:
+    """Where to write, as far as it is there."""
+    with ExitStack() as stack:
+        folders = {DISK: setting.scratch}
+        if MEMORY.is_dir():
+            folders[RAM] = Path(stack.enter_context(TemporaryDirectory(dir=MEMORY)))
+        yield {place: folders[place] for place in case.places if place in folders}
+
+
+def _speed(name: str, tokens: int, taken: tuple[float, ...]) -> Figure:
+    speeds = tuple(tokens / seconds for seconds in taken)
+    return Figure(name, median(speeds), "tokens/s", speeds)
+
+
+class Profiled(Stopwatch):
+    """Looks at what the device does from the first batch of a run on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.profiler = profile(activities=[ProfilerActivity.CUDA])
+
+    def planned(self, plan: Plan, done: Sequence[Part]) -> None:  # noqa: ARG002 # what they are is not looked at
+        self.profiler.start()
+
+
+def _busy(sides: Sides, prompts: Prompts, folder: Path) -> float:
+    watch = Profiled()
+    sides.run(prompts, folder, watching=lambda: watch)()
+    watch.profiler.stop()
+    profiler: Any = watch.profiler.profiler
+    events = profiler.kineto_results.events()  # the public list of the same takes minutes to make
+    on_device = [event for event in events if str(event.device_type()).endswith("CUDA")]
+    return busy([(event.start_ns(), event.start_ns() + event.duration_ns()) for event in on_device])
 
 
 @contextmanager
@@ -74,14 +176,18 @@ def already_loaded(whole: nn.Module) -> Iterator[None]:
         model.load = load
 
 
-def busy(events: Sequence[Any] | None) -> float:
-    """The share of the time between the first and the last thing that the device did in which it did something."""
-    on_device = [event.time_range for event in events or () if str(event.device_type).endswith("CUDA")]
-    if not on_device:
+def busy(spans: Sequence[tuple[int, int]]) -> float:
+    """The share of the time between the first and the last thing that the device did in which it did something.
+
+    Args:
+        spans: when each thing began and ended.
+    """
+    if not spans:
         raise RuntimeError("the profiler saw nothing on the device")
-    spans = sorted((float(span.start), float(span.end)) for span in on_device)
-    reached, ran = spans[0][0], 0.0
+    spans = sorted(spans)
+    first, _ = spans[0]
+    reached, ran = first, 0
     for start, end in spans:
-        ran += max(0.0, end - max(start, reached))
+        ran += max(0, end - max(start, reached))
         reached = max(reached, end)
-    return ran / (reached - spans[0][0])
+    return ran / (reached - first)

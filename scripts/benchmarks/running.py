@@ -82,18 +82,20 @@ class Dumping:
     The run loads the model on the way, as the command does; only that is taken off. What is written is removed.
 
     Attributes:
+        watching: makes the watcher of a run.
         before: the seconds of each run for loading the tokenizer, which comes before.
         probing, auditing: of what was timed, the seconds of each run for the probe, however many prompts there are, and for the audit.
     """
 
     spec: Spec
     out: Path
+    watching: Callable[[], Stopwatch] = Stopwatch
     before: list[float] = field(default_factory=list)
     probing: list[float] = field(default_factory=list)
     auditing: list[float] = field(default_factory=list)
 
     def __call__(self) -> float:
-        watch = Stopwatch()
+        watch = self.watching()
         try:
             with watched() as taken:
                 outcome = job.run(self.spec, self.out, watcher=watch)

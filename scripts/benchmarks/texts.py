@@ -27,6 +27,10 @@ class Prompts:
     def tokens(self) -> int:
         return sum(self.lengths)
 
+    def some(self, count: int) -> "Prompts":
+        """The first of them."""
+        return Prompts(f"{self.name}, {count}", self.texts[:count], self.ids[:count])
+
     def described(self) -> str:
         """The distribution of lengths in words."""
         ordered = sorted(self.lengths)
