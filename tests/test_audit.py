@@ -599,6 +599,18 @@ def test_what_cannot_be_audited_is_said(folder):
     assert "it holds no dump" in audited(out, code=66)
 
 
+def test_what_a_model_raises_in_an_audit_is_told(tmp_path, monkeypatch):
+    """As where hidden states, which the audit asks for, do not fit."""
+    job.run(spec(), tmp_path / "out")
+
+    def forward(*_, **__):
+        raise ValueError("three is a crowd")
+
+    monkeypatch.setattr("actdump.audit.alone._forward", forward)
+    said = audited(tmp_path / "out", code=65)
+    assert re.search(r"error: the audit: prompt \d of \d+ tokens does not run alone, .*: ValueError: three is a crowd", said)
+
+
 def test_show_tells_of_the_audit(tmp_path):
     job.run(spec(), tmp_path / "out")
     shown = CliRunner().invoke(app, ["show", str(tmp_path / "out")]).stdout

@@ -643,6 +643,19 @@ def test_rows_that_arrive_later_give_the_same_files(tmp_path, monkeypatch):
     assert actdump.open(tmp_path / "at_once").manifest.statistics == actdump.open(tmp_path / "later").manifest.statistics
 
 
+@pytest.mark.parametrize("later", [False, True])
+def test_a_fault_of_ours_is_not_told_as_the_models(later, tmp_path, monkeypatch):
+    """Rows are put in hooks, in the middle of the model's forward."""
+
+    def broken(self, name, places, buffer):
+        raise ValueError("ours")
+
+    monkeypatch.setattr(capturing, "arrives_later", lambda _: later)
+    monkeypatch.setattr(store.Pending, "put", broken)
+    with pytest.raises(ValueError, match=r"^ours$"):
+        job.run(make_spec(60), tmp_path / "out")
+
+
 def test_a_run_holds_no_more_batches_than_the_writer_lets_wait(tmp_path, monkeypatch):
     monkeypatch.setattr(capturing, "arrives_later", lambda _: True)
     waiting = []

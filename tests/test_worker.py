@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from threading import Event
 
 import pytest
-from test_job import contents, forks, make_spec, temporary
+import torch
+from test_job import contents, forks, make_spec, stop_after, temporary
 
 from actdump import job, store
 from actdump.errors import OccupiedError, Stopped, UsageError
@@ -233,6 +234,18 @@ def test_without_locks_a_worker_says_so_once_and_keeps_to_its_own_share(no_locks
     job.run(spec, tmp_path / "whole")
     assert contents(root) == contents(tmp_path / "whole")
     assert temporary(root) == []
+
+
+def test_without_locks_an_overwrite_replaces_a_dump_of_other_weights(no_locks, tmp_path, monkeypatch):
+    spec, root = make_spec(30, shard={"tokens": 40}), tmp_path / "out"
+    with monkeypatch.context() as earlier:  # what another version of torch or transformers could do
+        seed = torch.manual_seed
+        earlier.setattr(torch, "manual_seed", lambda number: seed(number + 1))
+        with pytest.raises(Stopped):
+            job.run(spec, root, **stop_after(3, root))
+    assert job.run(spec, root, overwrite=True).state == "done"
+    job.run(spec, tmp_path / "whole")
+    assert contents(root) == contents(tmp_path / "whole")
 
 
 # -------------------------------------------------------------------------------------------------------------- several workers

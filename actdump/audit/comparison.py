@@ -1,6 +1,7 @@
 """The audit: prompts run alone, compared with what the files of a dump hold."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import inf
 from time import monotonic
@@ -13,6 +14,7 @@ from actdump.audit import alone
 from actdump.audit.alone import Alone, Noise, Place
 from actdump.audit.choice import Choice
 from actdump.audit.limits import errors, limit
+from actdump.errors import ActdumpError, DataError
 from actdump.format import TOKENS
 from actdump.reader import Dump, Values
 
@@ -139,7 +141,8 @@ def _compare(
     """Run one prompt alone, and class each of its tokens at every tap."""
     check_stop()
     places = [tally.place for tally in tallies]
-    plain = alone.run(model, places, ids, witness=witness)
+    with _told(number, len(ids)):
+        plain = alone.run(model, places, ids, witness=witness)
     doubtful: dict[int, Tensor] = {}
     dtypes = {parameter.dtype for parameter in model.parameters()}
     for at, (tally, value, computed) in enumerate(zip(tallies, plain.values, plain.computed, strict=True)):
@@ -158,6 +161,20 @@ def _compare(
     limits = [tally.limit for tally in tallies]
     for at, moves in _movement(model, places, ids, plain, doubtful, limits, check_stop).items():
         _class(dump, tallies[at], number, len(ids), doubtful[at], moves)
+
+
+@contextmanager
+def _told(number: int, tokens: int) -> Iterator[None]:
+    """Word what a model's code raises in a forward, which can be anything."""
+    try:
+        yield
+    except ActdumpError:
+        raise
+    except Exception as error:  # told in full, and chained
+        raise DataError(
+            f"the audit: prompt {number} of {tokens:,} tokens does not run alone, under plain hooks: {type(error).__name__}: {error}; "
+            "`audit: 0` keeps the dump without it"
+        ) from error
 
 
 def _unsteady(

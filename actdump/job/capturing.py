@@ -175,20 +175,25 @@ class _Arrival:
         self._shard, self._strict = shard, strict
         self._places = [number - shard.part.first for number in batch.numbers]
         self._measured: dict[str, Measured] = {}
-        self._fault: DataError | None = None
+        self._fault: Exception | None = None
 
     def put(self, rows: "Rows") -> None:
-        """Write the rows of a site."""
+        """Write the rows of a site. What goes wrong is raised when the batch is complete, and not through the model's forward, which
+        would be blamed for it; but for a lack of memory, which is that of the forward too."""
         try:
-            rows.wait()
-        except DataError as fault:
+            self._put(rows)
+        except Exception as fault:
+            if out_of_memory(fault):
+                raise
             self._fault = self._fault or fault
-            return
+
+    def _put(self, rows: "Rows") -> None:
+        rows.wait()
         name = rows.site.tap.name
         if rows.measured is not None:
             self._measured[name] = rows.measured
             if self._strict and (count := rows.measured.nonfinite):
-                self._fault = self._fault or DataError(_nonfinite(rows, count))
+                raise DataError(_nonfinite(rows, count))
         self._shard.put(name, self._places, rows.buffer())
 
     def complete(self, seen: Seen) -> None:
@@ -196,6 +201,7 @@ class _Arrival:
 
         Raises:
             DataError: some values cannot be stored.
+            StorageError: the file system refused.
         """
         while self.waiting:  # what was put is held no more
             self.put(self.waiting.popleft())

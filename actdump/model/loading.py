@@ -47,7 +47,8 @@ def load(source: Source) -> nn.Module:
     if device.type == "cpu":
         avoid_faulty_amx()
         _warn_of_slow(source.dtype)
-    with torch.random.fork_rng(devices=[]):  # the caller's own random numbers on the CPU go on
+    seen = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call] # torch gives it no types
+    with torch.random.fork_rng(devices=seen):  # the caller's own random numbers go on
         torch.manual_seed(spec.seed)  # for a checkpoint too: weights that it lacks are drawn
         model = _random(source) if spec.config is not None else _loaded(source)
     if spec.device_map is None:

@@ -20,7 +20,8 @@ def storage(path: Path, doing: str = "written") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = error.filename or path
+        named = Path(error.filename) if error.filename else path
+        where = path if TEMPORARY.fullmatch(named.name) else named  # nobody knows the temporary name
         raise StorageError(f"{where}: cannot be {doing}: {error.strerror or error}") from error
 
 
