@@ -5,10 +5,13 @@ import platform
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actdump.job.bound import Bound
 from actdump.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
 
 SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "SLURM_RESTART_COUNT")
 
@@ -33,11 +36,18 @@ def circumstances(bound: Bound) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("actdump", "torch", "transformers", "safetensors")},
         "python": platform.python_version(),
         "host": platform.node(),
-        "device": str(bound.feed.device),
+        "device": _device(bound.feed.device),
         "threads": torch.get_num_threads(),
         "git": _git(),
         **({"slurm": slurm} if (slurm := _slurm()) else {}),
     }
+
+
+def _device(device: "torch.device") -> str:
+    """`cpu`, or `cuda:0 (NVIDIA H100 80GB HBM3)`."""
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _slurm() -> dict[str, str]:
