@@ -192,8 +192,8 @@ def _show_forecast(spec: "Spec", root: Path | None, as_json: bool, quiet: bool) 
     from actdump import console, job, store, views
 
     console.start_logging(quiet)
-    with console.Bar() as bar:
-        forecast = job.forecast(spec, None if quiet else bar, root)
+    with nullcontext() if quiet else console.Bar() as bar:
+        forecast = job.forecast(spec, bar, root)
     place = root or Path()
     free = store.free_space(place)
     if as_json:

@@ -218,7 +218,7 @@ def test_an_overwrite_needs_no_room_beside_what_it_replaces(finished, tmp_path, 
     spec, size = make_spec(model={"config": CONFIG, "seed": 3}), sum(path.stat().st_size for path in root.glob("shards/*"))
     disk = size + size // 2
     monkeypatch.setattr(
-        "actdump.store.standing.free_space", lambda _: disk - sum(path.stat().st_size for path in tmp_path.glob("*/shards/*"))
+        "actdump.store.checks.free_space", lambda _: disk - sum(path.stat().st_size for path in tmp_path.glob("*/shards/*"))
     )
     with pytest.raises(StorageError, match="make room"):
         job.run(spec, tmp_path / "new")

@@ -4,27 +4,14 @@ Every file is written under a temporary name in its own folder, flushed to the d
 name is whole. A part is done when its record is there, which is written after its shard.
 """
 
+from actdump.store.checks import check_free, check_space, check_writable, taken
 from actdump.store.crew import WAIT, Crew, at_work
 from actdump.store.files import being_written, free_space, storage, sweep, write_atomically
 from actdump.store.intake import Intake, part_tokens
 from actdump.store.locks import Lock, me, number_and_host
+from actdump.store.removal import clear, reopen
 from actdump.store.shards import Pending, Pendings, gathered, metadata, seal
-from actdump.store.standing import (
-    check_free,
-    check_space,
-    check_writable,
-    clear,
-    complete,
-    done,
-    has_tokens,
-    load_plan,
-    missing,
-    origins,
-    reopen,
-    restamp,
-    statistics,
-    taken,
-)
+from actdump.store.standing import complete, done, has_tokens, load_plan, missing, origins, restamp, statistics
 from actdump.store.status import Hand, Status, status
 from actdump.store.threads import shut_down
 from actdump.store.writer import AHEAD, BESIDE, Writer
