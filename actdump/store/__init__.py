@@ -12,7 +12,7 @@ from actdump.store.locks import Lock, me, number_and_host
 from actdump.store.removal import clear, reopen
 from actdump.store.shards import Pending, Pendings, gathered, metadata, seal
 from actdump.store.standing import complete, done, has_tokens, load_plan, missing, origins, restamp, statistics
-from actdump.store.status import Hand, Status, status
+from actdump.store.status import Status, status
 from actdump.store.threads import shut_down
 from actdump.store.writer import AHEAD, BESIDE, Writer
 
@@ -21,7 +21,6 @@ __all__ = [
     "BESIDE",
     "WAIT",
     "Crew",
-    "Hand",
     "Intake",
     "Lock",
     "Pending",
