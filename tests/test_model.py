@@ -5,6 +5,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -30,9 +31,9 @@ from transformers import (
 from actdump import model
 from actdump.errors import MissingError, SpecError, UsageError
 from actdump.model import hub, tokenizer
-from actdump.model.source import _default_task
+from actdump.model.source import CLASSES, _default_task
 from actdump.prompts import Prompt
-from actdump.spec import ModelSpec, TokenizerSpec
+from actdump.spec import ModelSpec, Task, TokenizerSpec
 
 GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 100, "n_positions": 64}
 BERT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 100}
@@ -413,3 +414,7 @@ def test_a_broken_tokenizer_file(source: model.Source, words: Path) -> None:
 )
 def test_the_task_is_that_of_the_architecture(architecture: str, kind: str, task: str) -> None:
     assert _default_task(SimpleNamespace(architectures=[architecture], model_type=kind)) == task
+
+
+def test_each_task_of_the_spec_has_its_class() -> None:
+    assert tuple(CLASSES) == get_args(Task)

@@ -7,26 +7,19 @@ import platform
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForTextEncoding
 
 from actdump.errors import UsageError, few
 from actdump.model.hub import hub_options, quiet, wording
 from actdump.model.source import Source
+from actdump.spec import Task
 
 log = logging.getLogger(__name__)
 
 FINGER = 64  # how many values of a weight its fingerprint looks at
-
-CLASSES = {
-    "causal-lm": AutoModelForCausalLM,
-    "masked-lm": AutoModelForMaskedLM,
-    "base": AutoModel,
-    "text-encoding": AutoModelForTextEncoding,
-}
 
 
 def skeleton(source: Source) -> nn.Module:
@@ -85,7 +78,7 @@ def other_weights(facts: Mapping[str, Any], model: nn.Module) -> bool:
 def _random(source: Source) -> nn.Module:
     options = {} if source.spec.attn_implementation is None else {"attn_implementation": source.spec.attn_implementation}
     with quiet(), wording(source.spec):
-        model: nn.Module = CLASSES[source.task].from_config(
+        model: nn.Module = source.auto_class.from_config(
             source.config, trust_remote_code=source.spec.trust_remote_code, dtype=source.dtype, **options
         )
         return model.eval()
@@ -103,7 +96,7 @@ def _loaded(source: Source) -> nn.Module:
     if spec.device_map is not None:
         options["device_map"] = spec.device_map
     with quiet(), wording(spec):
-        model, info = CLASSES[source.task].from_pretrained(str(spec.folder or spec.name), **hub_options(spec), **options)
+        model, info = source.auto_class.from_pretrained(str(spec.folder or spec.name), **hub_options(spec), **options)
     if wrong := sorted(info["mismatched_keys"]):
         told = [f"{name} is {tuple(found)} and should be {tuple(shape)}" for name, found, shape in wrong]
         raise UsageError(f"model: weights of `{spec.source}` have other shapes than its config says: {few(told)}")
@@ -144,7 +137,7 @@ def _check_some_loaded(source: Source, model: nn.Module) -> None:
         made = next(iter(source.config.architectures or ()), "another class")
         raise UsageError(
             f"model: `{source.spec.source}` would be loaded as {type(model).__name__}, and holds none of its weights; its config says "
-            f"{made}. Try another `model.task` ({', '.join(CLASSES)}), or load it yourself and take `actdump.wrap`"
+            f"{made}. Try another `model.task` ({', '.join(get_args(Task))}), or load it yourself and take `actdump.wrap`"
         )
 
 

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import getsource
@@ -11,7 +12,14 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
-from transformers import MODEL_MAPPING, AutoConfig
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForTextEncoding,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -22,14 +30,15 @@ from transformers.models.auto.modeling_auto import (
 
 from actdump.errors import MissingError, SpecError, did_you_mean
 from actdump.model.hub import ask_once, first_line, hub_options, quiet, wording
-from actdump.spec import ModelSpec
+from actdump.spec import ModelSpec, Task
 
 _FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as safetensors calls them
-_CLASS_NAMES = {
-    "causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "masked-lm": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    "base": MODEL_MAPPING_NAMES,
-    "text-encoding": MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+# The Auto class of each task, and the names of the classes that it makes, by model type.
+CLASSES: Mapping[Task, tuple[Any, Mapping[str, Any]]] = {
+    "causal-lm": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "masked-lm": (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    "base": (AutoModel, MODEL_MAPPING_NAMES),
+    "text-encoding": (AutoModelForTextEncoding, MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES),
 }
 
 
@@ -39,7 +48,12 @@ class Source:
 
     spec: ModelSpec
     config: Any
-    task: str
+    task: Task
+
+    @property
+    def auto_class(self) -> Any:
+        """The class of transformers that makes the model."""
+        return CLASSES[self.task][0]
 
     @property
     def commit(self) -> str | None:
@@ -143,10 +157,10 @@ def _code(config: Any) -> str:
     return "".join(map(getsource, {sys.modules[model.__module__] for model in models}))
 
 
-def _default_task(config: Any) -> str:
+def _default_task(config: Any) -> Task:
     """Which Auto class: one that gives the architecture in the config, or the one usual for the model type."""
     if architecture := next(iter(config.architectures or ()), None):
-        for task, names in _CLASS_NAMES.items():
+        for task, (_, names) in CLASSES.items():
             known = names.get(config.model_type, ())
             if architecture in ((known,) if isinstance(known, str) else known):
                 return task

@@ -1,7 +1,7 @@
 """The spec: the YAML file as strict models. Every mistake in it is reported at once, with file, line and what would be right."""
 
 from actdump.spec.document import load, model_spec, said
-from actdump.spec.models import BatchSpec, ModelSpec, PromptsSpec, Row, SaveSpec, ShardSpec, Spec, TokenizerSpec
+from actdump.spec.models import BatchSpec, ModelSpec, PromptsSpec, Row, SaveSpec, ShardSpec, Spec, Task, TokenizerSpec
 
 __all__ = [
     "BatchSpec",
@@ -11,6 +11,7 @@ __all__ = [
     "SaveSpec",
     "ShardSpec",
     "Spec",
+    "Task",
     "TokenizerSpec",
     "load",
     "model_spec",

@@ -20,6 +20,7 @@ from actdump.errors import AddressError, MissingError
 from actdump.tap import Selection, Tap, parse_selection
 
 StorageType = Literal["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
+Task = Literal["causal-lm", "masked-lm", "base", "text-encoding"]
 
 
 LOCAL = "local files"  # stands in a decisive spec for a path, because contents count and not names
@@ -111,7 +112,7 @@ class ModelSpec(_Strict):
 
     name: str | None = Field(None, description="hub id or local folder")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    task: Literal["causal-lm", "masked-lm", "base", "text-encoding"] | None = Field(
+    task: Task | None = Field(
         None, description="which Auto class, text-encoding the encoder of T5, say; default from the config"
     )
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's")
