@@ -12,7 +12,7 @@ from zoo import VOCABULARY, Ladder, Step, Toy, build
 
 from actdump.address import Slice, parse
 from actdump.engine import Fault, Site, bind, capture, capture_whole, evened, feed_for, positions, probe, stream
-from actdump.errors import AddressError, DataError, UsageError
+from actdump.errors import ActdumpError, AddressError, DataError, UsageError
 from actdump.plan import Batch, Layout
 from actdump.tap import Tap
 
@@ -347,6 +347,15 @@ def test_a_model_that_cannot_run_on_ids_is_named_by_the_probe():
     model = Toy(broken(ValueError("needs pixels")))
     with pytest.raises(UsageError, match="Toy does not run on token ids alone: ValueError: needs pixels"):
         probed(model, [tap("embed.output")])
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_runs_out_in_the_probe_is_told_as_such(error):
+    with pytest.raises(ActdumpError, match="out of memory in a forward of 7 tokens") as told:
+        probed(Toy(broken(error)), [tap("embed.output")])
+    assert told.value.code == 1
 
 
 def test_a_model_without_ids_is_refused():

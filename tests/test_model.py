@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from actdump import model
-from actdump.errors import MissingError, SpecError, UsageError
+from actdump.errors import ActdumpError, MissingError, SpecError, UsageError
 from actdump.model import hub, tokenizer
 from actdump.model.source import CLASSES, _default_task
 from actdump.prompts import Prompt
@@ -127,6 +127,16 @@ def test_another_task_warns_of_random_weights(tmp_path: Path, caplog) -> None:
     assert "they are random" in caplog.text
     assert "cls.predictions.transform.dense.weight" in model.drawn(loaded)
     assert "bert.embeddings.word_embeddings.weight" not in model.drawn(loaded)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_model_that_does_not_fit_into_memory_is_told_as_such(error: Exception) -> None:
+    with (
+        pytest.raises(ActdumpError, match="model: `big` does not fit into memory: ") as told,
+        hub.wording(ModelSpec(name="big")),
+    ):
+        raise error
+    assert told.value.code == 1
 
 
 def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:

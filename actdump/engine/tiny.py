@@ -11,6 +11,7 @@ from actdump.engine.axes import ALONE, TOGETHER
 from actdump.engine.hooks import Stop, copied, hooked
 from actdump.engine.site import Feed, Site, bind
 from actdump.errors import ActdumpError, UsageError
+from actdump.memory import out_of_memory
 from actdump.tap import Tap
 
 # The row of TOGETHER that begins with the prompt of ALONE: not the first, the last or the middle one, so that a stray [0] or
@@ -66,12 +67,12 @@ def observe(
             pass
         except ActdumpError:
             raise
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise ActdumpError(
-                f"out of memory in a forward of {ids.numel()} tokens: {error}; use a narrower `model.dtype`, "
-                "`device_map: auto`, or `device: cpu`"
-            ) from error
         except Exception as error:  # a model's code can raise anything; it is told in full, and chained
+            if out_of_memory(error):
+                raise ActdumpError(
+                    f"out of memory in a forward of {ids.numel()} tokens: {error}; use a narrower `model.dtype`, "
+                    "`device_map: auto`, or `device: cpu`"
+                ) from error
             whole = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
             hint = "; `model.task: text-encoding` loads the encoder alone" if whole else ""
             raise UsageError(

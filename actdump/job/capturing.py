@@ -11,10 +11,11 @@ from actdump import store
 from actdump.errors import ActdumpError, DataError
 from actdump.job.bound import Bound
 from actdump.job.lanes import Lanes
-from actdump.job.memory import Room, out_of_memory
+from actdump.job.memory import Room
 from actdump.job.provenance import now
 from actdump.job.sharing import shared_out
 from actdump.job.underway import Job
+from actdump.memory import out_of_memory
 from actdump.plan import Batch, Plan, batches
 from actdump.statistics import Statistics, merged
 

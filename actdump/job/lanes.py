@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 from actdump import store
 from actdump.job.bound import Bound
-from actdump.job.memory import out_of_memory
 from actdump.job.underway import LOOK
+from actdump.memory import out_of_memory
 
 if TYPE_CHECKING:
     from torch import nn

@@ -7,15 +7,13 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from actdump.errors import ActdumpError
+from actdump.memory import out_of_memory
 from actdump.plan import Batch
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-
-# How the errors that torch raises as bare RuntimeErrors begin to speak of memory: CPU, cuBLAS, MPS and pinned host memory.
-_WORDS = ("can't allocate memory", "ALLOC_FAILED", "out of memory")
 
 
 class Room:
@@ -90,13 +88,6 @@ def _lacking(batch: Batch, do: Callable[[Batch], None]) -> str | None:
             raise
         return _short(error)
     return None
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the device or the host."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in _WORDS)
 
 
 @contextmanager

@@ -6,14 +6,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 
 from actdump.errors import ActdumpError, DataError, MissingError, UsageError, did_you_mean
+from actdump.memory import out_of_memory
 from actdump.spec import ModelSpec
+
+# What transformers and torch raise where they do not load a model.
+_REFUSALS = (ValueError, TypeError, ImportError, KeyError, RuntimeError, MemoryError, AssertionError, StrictDataclassError)
 
 
 def ask_once(name: str, revision: str | None) -> None:
@@ -82,12 +85,12 @@ def wording(spec: ModelSpec) -> Iterator[None]:
             f"model: `{name}` is neither a local folder nor found on the hub: {first_line(error)}"
             f"{did_you_mean(name, neighbours(name))}"
         ) from error
-    except torch.OutOfMemoryError as error:
-        raise ActdumpError(
-            f"model: `{name}` does not fit into the device's memory: {first_line(error)}; use a narrower `model.dtype`, "
-            "`device_map: auto`, or `device: cpu`"
-        ) from error
-    except (ValueError, TypeError, ImportError, KeyError, RuntimeError, AssertionError, StrictDataclassError) as error:
+    except _REFUSALS as error:
+        if out_of_memory(error):
+            raise ActdumpError(
+                f"model: `{name}` does not fit into memory: {first_line(error)}; use a narrower `model.dtype`, "
+                "`device_map: auto`, or `device: cpu`"
+            ) from error
         raise UsageError(f"model: `{name}` cannot be loaded: {first_line(error)}") from error
 
 
