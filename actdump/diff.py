@@ -11,13 +11,13 @@ from actdump.errors import UsageError
 from actdump.format import TOKENS
 from actdump.plan import Column
 from actdump.reader import Dump, Values
+from actdump.tokenwise import by_token, capped
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PIECE = 1 << 21  # values that are compared at a time, in float64
 NAMED = 5  # prompts that are told by name
-LARGEST = 2.0  # the relative error of a vector that points the other way, and of one that is not finite where the other is
 WIDTH = math.log(1.01)  # of a bin of relative errors
 BINS, ONE = 4800, 4700  # how many, from 5e-21 on, and the one that begins at an error of 1
 
@@ -277,7 +277,7 @@ class _Tally:
         first, second = (
             Values(dump, column)[at] for dump, column, at in zip((one, other), self.columns, (place, there), strict=True)
         )
-        rows, others = self._rows(first), self._rows(second)
+        rows, others = by_token(first, self.axis), by_token(second, self.axis)
         self.tokens += len(rows)
         self.values += rows.numel()
         if not rows.numel() or (first.dtype == second.dtype and torch.equal(rows, others)):
@@ -293,11 +293,6 @@ class _Tally:
                 values = _number(rows[start + row, element]), _number(others[start + row, element])
                 token = _token(self.columns[0], self.axis, start + row, len(one.shard_of(place).prompt(TOKENS, place)))
                 self.first = Parting(id, token, self._index(first.shape, start + row, element), values)
-
-    def _rows(self, value: "Tensor") -> "Tensor":
-        """A vector for each token."""
-        rows = value[None] if self.axis is None else value.movedim(self.axis, 0)
-        return rows.flatten(1) if rows.ndim > 1 else rows[:, None]
 
     def _index(self, shape: Sequence[int], row: int, element: int) -> tuple[int, ...]:
         """The place in a prompt's value of an element of one of its rows."""
@@ -329,7 +324,7 @@ class _Tally:
         difference = (one - other).abs()
         norms = one.norm(dim=1), other.norm(dim=1)
         error = torch.where(same.all(1), 0.0, difference.norm(dim=1) / torch.maximum(*norms))
-        error = torch.where(odd.any(1), LARGEST, error).nan_to_num(LARGEST, LARGEST).clamp_max(LARGEST)
+        error = capped(torch.where(odd.any(1), math.inf, error))
         cosine = ((one * other).sum(1) / (norms[0] * norms[1])).nan_to_num(0.0).clamp(-1, 1)
         cosine = torch.where(same.all(1), 1.0, cosine)
         parted = (difference > self.limits.atol) | odd
