@@ -599,6 +599,19 @@ def test_what_cannot_be_audited_is_said(folder):
     assert "it holds no dump" in audited(out, code=66)
 
 
+def test_a_dump_from_before_a_default_task_changed_is_audited_as_the_class_that_it_was_made_from(tmp_path):
+    """As of BART, which was once loaded as its base."""
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+             "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 60}  # fmt: skip
+    config = {"model_type": "bart", **sizes}
+    job.run(spec(model={"config": config, "task": "base"}, save=["encoder.layers[0].output"]), tmp_path / "out")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["facts"]["model"]["class"] == "BartModel"
+    del manifest["made"]["model"]["task"]
+    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    assert "audit of" in audited(tmp_path / "out")
+
+
 def test_what_a_model_raises_in_an_audit_is_told(tmp_path, monkeypatch):
     """As where hidden states, which the audit asks for, do not fit."""
     job.run(spec(), tmp_path / "out")

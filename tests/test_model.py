@@ -265,6 +265,11 @@ def test_a_hub_id_that_is_no_path_is_not_asked_for_twice(tmp_path: Path, monkeyp
     assert unreachable == []
 
 
+def test_a_local_folder_has_no_revisions(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="is a local folder, which has no revisions; leave it out"):
+        model.find(ModelSpec(name=str(tmp_path), revision="main"))
+
+
 def test_devices() -> None:
     assert model.pick_device("cpu").type == "cpu"
     for name in ("gpu", "cuda:x"):
@@ -423,7 +428,7 @@ def test_a_broken_tokenizer_file(source: model.Source, words: Path) -> None:
     ],
 )
 def test_the_task_is_that_of_the_architecture(architecture: str, kind: str, task: str) -> None:
-    assert _default_task(SimpleNamespace(architectures=[architecture], model_type=kind)) == task
+    assert _default_task(SimpleNamespace(architectures=[architecture], model_type=kind), None) == task
 
 
 def test_each_task_of_the_spec_has_its_class() -> None:

@@ -37,8 +37,9 @@ def finished(path: Path, count: int, *, place: str | None = None, step: Callable
     dump = reader.open_dump(path)
     plan = _plan(dump)
     spec = _model_spec(dump.manifest, place)
+    made = dump.manifest.facts["model"]["class"]
     try:
-        source = model.find(spec)
+        source = model.find(spec, made)
         _check_files(dump.manifest, spec)
     except MissingError as error:
         raise MissingError(f"{error}\nmodel: if it is somewhere else now, say where with --model") from None
@@ -47,7 +48,7 @@ def finished(path: Path, count: int, *, place: str | None = None, step: Callable
     _check_shards(dump, choice)
     step("loading the model")
     module = model.load(source)
-    if (kind := type(module).__name__) != (made := dump.manifest.facts["model"]["class"]):
+    if (kind := type(module).__name__) != made:
         raise DataError(f"model: `{spec.source}` is a {kind}, and the dump was made from a {made}")
     step("auditing")
     found = compare(dump, module, choice)
@@ -83,7 +84,8 @@ def _model_spec(manifest: Manifest, place: str | None) -> ModelSpec:
             raise UsageError(
                 "--model: the dump's model is random weights from a config, which the manifest holds; leave it out"
             )
-        return ModelSpec.model_validate({**given, key: place})
+        moved = ModelSpec.model_validate({**given, key: place})
+        return moved if moved.folder is None else moved.model_copy(update={"revision": None})
     commit = manifest.facts["model"]["commit"]
     return ModelSpec.model_validate({**given, "revision": commit} if commit else given)
 

@@ -74,7 +74,11 @@ def observe(
                     "`device_map: auto`, or `device: cpu`"
                 ) from error
             whole = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-            hint = "; `model.task: text-encoding` loads the encoder alone" if whole else ""
+            hint = (
+                "; `model.task: text-encoding` loads the encoder alone, of families that have one by itself, as T5"
+                if whole
+                else ""
+            )
             raise UsageError(
                 f"{type(model).__name__} does not run on token ids alone: {type(error).__name__}: {error}{hint}"
             ) from error

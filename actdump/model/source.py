@@ -104,15 +104,20 @@ class Source:
         return padding + 1 if "create_position_ids_from_input_ids" in _code(self.config) and isinstance(padding, int) else 0
 
 
-def find(spec: ModelSpec) -> Source:
+def find(spec: ModelSpec, made: str | None = None) -> Source:
     """Read the config of a model, without its weights.
+
+    Args:
+        made: the class that it was once loaded as, which tells the task where the spec does not.
 
     Raises:
         MissingError: there is no such model, here or within reach.
-        SpecError: the config has an unknown `model_type` or unknown keys.
+        SpecError: the config has an unknown `model_type` or unknown keys; or a revision of a local folder is asked for.
     """
+    if spec.revision is not None and spec.folder is not None:
+        raise SpecError(f"model.revision: `{spec.source}` is a local folder, which has no revisions; leave it out")
     config = _own_config(spec.config) if isinstance(spec.config, dict) else _found_config(spec)
-    return Source(spec, config, spec.task or _default_task(config))
+    return Source(spec, config, spec.task or _default_task(config, made))
 
 
 def _found_config(spec: ModelSpec) -> Any:
@@ -157,9 +162,9 @@ def _code(config: Any) -> str:
     return "".join(map(getsource, {sys.modules[model.__module__] for model in models}))
 
 
-def _default_task(config: Any) -> Task:
-    """Which Auto class: one that gives the architecture in the config, or the one usual for the model type."""
-    if architecture := next(iter(config.architectures or ()), None):
+def _default_task(config: Any, made: str | None) -> Task:
+    """Which Auto class: one that gives that class, or the architecture in the config, or the one usual for the model type."""
+    if architecture := made or next(iter(config.architectures or ()), None):
         for task, (_, names) in CLASSES.items():
             known = names.get(config.model_type, ())
             if architecture in ((known,) if isinstance(known, str) else known):
