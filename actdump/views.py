@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from actdump.job import Explanation, Forecast, Outcome
     from actdump.store import Status
 
+MUCH = 0.1  # of what is computed is padding: worth a word
+
 
 def show(content: Table) -> None:
     """A table on stdout at its full width: a wrapped line can be read, a cut one cannot."""
@@ -80,11 +82,14 @@ def forecast_facts(forecast: "Forecast", root: Path, free: int) -> list[tuple[st
     """What `check` says of the run as a whole."""
     plan = forecast.plan
     share = 1 - plan.tokens / max(forecast.padded, 1)
+    padding = f"{share:.1%} of what is computed is padding"
+    if share > MUCH and len(plan.parts) > 1:
+        padding += ", less in larger shards (`shard`), which hold more prompts to sort"
     fits = "" if forecast.bytes <= free else " (TOO LITTLE)"
     return [
         ("prompts", f"{plan.prompts:,}, {plan.tokens:,} tokens"),
         ("parts", f"{len(plan.parts):,}"),
-        ("batches", f"{forecast.batches:,} of at most {plan.budget.tokens:,} padded tokens; {share:.1%} of what is computed is padding"),
+        ("batches", f"{forecast.batches:,} of at most {plan.budget.tokens:,} padded tokens; {padding}"),
         ("size", f"{forecast.bytes:,} bytes; {free:,} are free at {root}{fits}"),
         *([("folder", _folder_words(forecast.folder))] if forecast.folder else []),
         ("probed", "with weights" if forecast.weighed else "without weights, by shapes; a run also checks values"),

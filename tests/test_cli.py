@@ -183,6 +183,15 @@ def test_check_in_words() -> None:
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(("tokens", "told"), [(16, True), (262_144, False)])
+def test_check_says_where_larger_shards_would_spare_padding(tokens: int, told: bool) -> None:
+    """Short and long prompts in turn: in shards of two, each short one has a long one beside it."""
+    Path("prompts.jsonl").write_text("".join(f'{{"input_ids": {[1] * length}}}\n' for length in (2, 13, 3, 12)))
+    given = f"shard.tokens={tokens}", "prompts={file: prompts.jsonl}"
+    said = actdump("check", "spec.yaml", *(word for each in given for word in ("--set", each))).stdout
+    assert ("less in larger shards" in " ".join(said.split())) is told
+
+
 def test_check_says_what_a_run_would_find() -> None:
     def folder(*words: str) -> dict[str, object]:
         return json.loads(actdump("check", "spec.yaml", "--json", *words).stdout)["folder"]
