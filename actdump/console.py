@@ -27,8 +27,18 @@ class Output(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
+class Log(Output):
+    """The console for what a command tells while it goes on. Where that cannot be written, its disk is full, say, the rest matters more."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.on_broken_pipe()
+
+
 out = Output(soft_wrap=True)
-err = Output(soft_wrap=True, stderr=True)
+err = Log(soft_wrap=True, stderr=True)
 EVERY = 10.0  # seconds between lines of progress where there is no terminal
 _form: Literal["plain", "dated", "json"] = "plain"  # of the lines on stderr
 

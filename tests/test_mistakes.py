@@ -756,6 +756,15 @@ def test_a_file_size_limit() -> None:
     assert nothing_finished()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_log_on_a_full_disk_ends_no_run() -> None:
+    write_prompts(10, 4)
+    Path("spec.yaml").write_text(MANY)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([COMMAND, "run", "spec.yaml"], stdout=subprocess.PIPE, stderr=full, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "out/manifest.json\n")
+
+
 @pytest.mark.parametrize("how", ["tap", "default"])
 def test_a_cast_that_overflows_seals_nothing(how: str) -> None:
     save_tiny(Path("large"), scale=1e8)
