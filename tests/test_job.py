@@ -16,9 +16,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import actdump
-from actdump import inputs, job, store
+from actdump import engine, inputs, job, store
 from actdump.errors import ActdumpError, DataError, OccupiedError, Stopped, StorageError, UsageError
-from actdump.job import capturing, loop
+from actdump.job import capturing, lanes, loop
 from actdump.job.watching import Silent
 from actdump.spec import Spec, load
 
@@ -633,7 +633,7 @@ def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path):
 
 
 def test_rows_that_arrive_later_give_the_same_files(tmp_path, monkeypatch):
-    """As from an accelerator: the writer's thread waits for them, and writes them."""
+    """As from an accelerator: the writer's threads wait for them, and write them."""
     job.run(make_spec(60, batch={"tokens": 20}), tmp_path / "at_once")
     monkeypatch.setattr(capturing, "arrives_later", lambda _: True)
     job.run(make_spec(60, batch={"tokens": 20}), tmp_path / "later")
@@ -641,6 +641,50 @@ def test_rows_that_arrive_later_give_the_same_files(tmp_path, monkeypatch):
     assert at_once
     assert [path.read_bytes() for path in at_once] == [path.read_bytes() for path in later]
     assert actdump.open(tmp_path / "at_once").manifest.statistics == actdump.open(tmp_path / "later").manifest.statistics
+
+
+def test_a_batch_waits_for_the_rows_of_those_before_it_where_memory_holds_not_both(tmp_path, monkeypatch):
+    """As a device whose memory holds the rows of a batch, or a forward."""
+    monkeypatch.setattr(lanes, "MOST", 1)  # as there
+    job.run(make_spec(60, batch={"tokens": 20}, shard={"tokens": 100}), tmp_path / "roomy")
+    on_their_way, tries = [], []
+    complete, stream = capturing._Arrival.complete, engine.stream
+
+    def slowly(arrival, seen):
+        time.sleep(0.005)
+        complete(arrival, seen)
+        on_their_way.pop()
+
+    def captured(*given):
+        tries.append(1)
+        if on_their_way:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        on_their_way.append(1)
+        return stream(*given)
+
+    monkeypatch.setattr(capturing, "arrives_later", lambda _: True)
+    monkeypatch.setattr(capturing._Arrival, "complete", slowly)
+    monkeypatch.setattr(engine, "stream", captured)
+    job.run(make_spec(60, batch={"tokens": 20}, shard={"tokens": 100}), tmp_path / "out")
+    records = [json.loads(path.read_text())["written"] for path in tmp_path.glob("out/shards/*.json")]
+    batches = sum(record["batches"] for record in records)
+    assert len(records) > 1
+    assert batches < len(tries) <= batches + len(records)  # learnt once in each part
+    assert {record["halved"] for record in records} == {0}
+    assert contents(tmp_path / "out") == contents(tmp_path / "roomy")
+
+
+def test_memory_that_the_rows_lack_on_their_way_is_told_and_blamed_on_no_batch(tmp_path, monkeypatch, caplog):
+    def put(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(capturing, "arrives_later", lambda _: True)
+    monkeypatch.setattr(store.Pending, "put", put)
+    with pytest.raises(
+        ActdumpError, match=r"the rows on their way to the disk: out of memory: .*; use a smaller `batch.tokens`"
+    ):
+        job.run(make_spec(60, batch={"tokens": 20}), tmp_path / "out")
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("later", [False, True])

@@ -9,6 +9,7 @@ import stat
 import struct
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from actdump import store
 from actdump.errors import DataError, OccupiedError, SpecError, StorageError
 from actdump.format import Folder, plan_from_json, plan_to_json, temporary
-from actdump.plan import Budget, Column, Layout, Slice, make, parts
+from actdump.plan import Budget, Column, Layout, Part, Slice, make, parts
 from actdump.prompts import Prompt
 from actdump.store import shards
 
@@ -236,6 +237,19 @@ def test_a_part_is_done_only_with_its_record_its_size_and_its_plan(folder):
     folder.record(0).write_text("{")
     assert store.done(folder, part, plan.digest) is None
     assert not folder.manifest.exists()
+
+
+def test_a_shard_takes_no_room_before_its_rows(folder):
+    """So that what others have still to write is not counted as written."""
+    column = replace(COLUMNS[0], layout=Layout((Slice(), 1 << 20), "float32"))
+    plan = make({}, [column], [Part(0, 0, 1, 5, 5 << 22)], Budget(64))
+    shard = store.Pending(folder, plan, plan.parts[0], [np.zeros(5, dtype="<i4")])
+    assert shard.layout.size > 5 << 22
+    assert store.being_written(folder) < 1 << 20
+    shard.put(column.name, [0], np.zeros(5 << 22, dtype=np.uint8))
+    shard.flush()
+    assert store.being_written(folder) >= 5 << 22
+    shard.discard()
 
 
 def test_a_disk_that_refuses_leaves_no_file(folder, monkeypatch):
@@ -461,13 +475,14 @@ def test_the_writer_lets_only_a_few_tasks_wait():
 def test_a_seal_with_threads_of_its_own_keeps_no_rows_waiting():
     gate, seen = threading.Event(), []
     with store.Writer(seals=2) as writer:
-        writer.hold(gate.wait)
+        writer.hold(lambda: (gate.wait(10), seen.append("sealed")))
         for number in range(3 * store.BESIDE):
             writer.do(seen.append, number)
-        assert writer.settle() in (True, False)
-        assert sorted(seen) == list(range(3 * store.BESIDE))
+        writer.settle()
+        assert sorted(map(str, seen)) == sorted(map(str, range(3 * store.BESIDE)))
         gate.set()
         writer.finish()
+        assert seen[-1] == "sealed"  # it is waited for, too
 
 
 def test_no_more_shards_are_sealed_at_once_than_was_said():
@@ -475,19 +490,33 @@ def test_no_more_shards_are_sealed_at_once_than_was_said():
 
     def hold_three(writer):
         for number in range(3):
-            writer.hold(lambda number=number: (begun.append(number), gate.wait()))
+            writer.hold(lambda number=number: (begun.append(number), gate.wait(10)))
         writer.let_go()
-        begun.append("all are let go")
 
     with store.Writer(seals=2) as writer:
         late = threading.Thread(target=hold_three, args=[writer])
         late.start()
-        late.join(0.1)
+        while len(begun) < 2:
+            time.sleep(0.01)
+        late.join(0.05)
+        assert late.is_alive()
         assert sorted(begun) == [0, 1]
         gate.set()
         late.join()
         writer.finish()
-    assert sorted(map(str, begun)) == ["0", "1", "2", "all are let go"]
+    assert sorted(begun) == [0, 1, 2]
+
+
+def test_a_seal_that_failed_is_told_at_the_next_call():
+    def fail():
+        raise StorageError("the disk is gone")
+
+    with pytest.raises(StorageError, match="the disk is gone"), store.Writer(seals=1) as writer:
+        writer.hold(fail)
+        writer.let_go()
+        for _ in range(200):
+            time.sleep(0.01)
+            writer.do(lambda: None)
 
 
 def test_rows_on_their_way_settle():
@@ -496,7 +525,11 @@ def test_rows_on_their_way_settle():
         writer.do(gate.wait)
         threading.Timer(0.05, gate.set).start()
         assert writer.settle() is True
+        assert gate.is_set()
         assert writer.settle() is False
+        writer.do(lambda: None)
+        time.sleep(0.05)
+        assert writer.settle() is True  # what is done by now may have been on its way when memory was short
     with store.Writer() as writer:  # where no rows are written later
         writer.do(time.sleep, 0.05)
         assert writer.settle() is False

@@ -44,8 +44,8 @@ def capture(model: nn.Module, sites: Sequence[Site], feed: Feed, batch: Batch) -
 def stream(model: nn.Module, sites: Sequence[Site], feed: Feed, batch: Batch, sink: Sink) -> bool:
     """Run one forward for one batch as `capture` does, and hand the rows of each site over as soon as they are there.
 
-    Floating point rows are measured. On a CPU the sink finds rows that are still in its cache. On an accelerator they are on their
-    way: whoever has time for it waits for them (`Rows.wait`), while the forward goes on.
+    Floating point rows are measured. On a CPU the sink finds rows that are still in its cache. On CUDA they are on their way:
+    whoever has time for it waits for them (`Rows.wait`), while the forward goes on. From other accelerators they are brought here.
 
     Returns:
         Whether the rows are those of the prompts alone. If not (see `capture`), they are to be forgotten, and each batch of
@@ -127,7 +127,11 @@ class _Catch:
 
     def _kept(self, site: Site, computed: Tensor) -> Rows:
         """Rows in their storage type; measured if they are on their way, or if the cast could make them infinite."""
-        stored = computed if computed.dtype == site.dtype else computed.to(site.dtype)
+        stored = computed
+        if computed.dtype != site.dtype:
+            stored = computed.to(
+                site.dtype, memory_format=torch.contiguous_format
+            )  # as it is copied from the device, and written
         rows = Rows(site, self.padded, stored)
         if (self.sink is not None and stored.is_floating_point()) or (stored is not computed and _narrower(stored, computed)):
             rows.measured = measure(stored, computed, cast(Layout, site.layout), self.padded.early(site))

@@ -35,7 +35,7 @@ class Measured:
     Attributes:
         early: which rows are of the first tokens of prompts; `None` where a row is no token.
         shape: how many vectors of how many values.
-        norms: the Euclidean norm of each vector, float32.
+        norms: the Euclidean norm of each vector, float32 or float64.
         figures: the sum of all values, the largest absolute one, how many are not finite, how many were too large for the cast,
             and the largest finite absolute value before the cast (0 where the cast lost none, on a CPU). On an accelerator none is
             counted as not finite: a norm tells that some are, and `landed` counts them.
@@ -115,7 +115,8 @@ def measure(stored: Tensor, computed: Tensor, layout: Layout, early: Early | Non
         total, largest = vectors.sum(dtype=exact), _largest(vectors)
     else:
         norms, (total, largest, nonfinite) = _with_care(vectors)
-    figures = torch.stack([figure.to(norms.dtype) for figure in (total, largest, nonfinite, lost, reach)])
+    kind = torch.float64 if vectors.is_cpu else exact  # not every accelerator knows float64
+    figures = torch.stack([figure.to(kind) for figure in (total, largest, nonfinite, lost, reach)])
     return Measured(layout, early, (vectors.shape[0], vectors.shape[1]), norms, figures)
 
 

@@ -35,7 +35,7 @@ class Rows:
     def leave(self) -> None:
         """Send the rows on their way to the CPU, where they are when somebody has waited for them."""
         if self.values.is_cuda:
-            self.ready = torch.cuda.current_stream(self.values.device).record_event()
+            self.ready = _event(torch.cuda.current_stream(self.values.device))
         else:
             self._arrive(self.values.cpu())
 
@@ -54,16 +54,16 @@ class Rows:
     def _land(self, ready: "torch.cuda.Event") -> None:
         """Copy the rows from the device, in whatever thread has time for it; nothing but their own forward keeps it waiting.
 
-        On a stream of its own, because the next forwards stand in the device's usual one, and through pinned memory, which the
-        device writes to by itself and whose pieces torch keeps for the next rows. So a thread that lands takes one piece of it, and
+        On another stream, because the next forwards stand in the device's usual one, and through pinned memory, which the device
+        writes to by itself and whose pieces torch keeps for the next rows. So a thread that lands takes one piece of it, and
         whoever captures waits neither for the copy nor for the memory.
         """
+        ready.synchronize()
         stream = torch.cuda.Stream(self.values.device)  # type: ignore[no-untyped-call] # torch gives it no types
         with torch.cuda.stream(stream):
-            stream.wait_event(ready)
             host = _pinned(self.values)
             host.copy_(self.values, non_blocking=True)
-            stream.synchronize()
+            _event(stream).synchronize()
             self._arrive(host)
 
     def _arrive(self, values: Tensor) -> None:
@@ -81,6 +81,13 @@ class Rows:
         shapes = [layout.shape(length) for length in lengths]
         sizes = [layout.rows(length) * (layout.row_bytes // ITEM_BYTES[layout.dtype]) for length in lengths]
         return [flat.reshape(shape) for flat, shape in zip(torch.split(self.values.reshape(-1), sizes), shapes, strict=True)]
+
+
+def _event(stream: "torch.cuda.Stream") -> "torch.cuda.Event":
+    """When a stream has done what it has now; a thread that waits for it leaves its core to others."""
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call] # torch gives it no types
+    event.record(stream)
+    return event
 
 
 def _pinned(values: Tensor) -> Tensor:

@@ -180,9 +180,12 @@ class Feed:
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
-    """Values on a device. CUDA takes them from pinned memory when it comes to that; from any other it would be waited for, with all
-    that it has still to do."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+    """Values on a device. CUDA takes them from pinned memory when it comes to that; from any other, where the host has no more of it,
+    the device is waited for, with all that it has still to do."""
+    if device.type == "cuda":
+        with suppress(RuntimeError):
+            return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def feed_for(model: nn.Module) -> Feed:

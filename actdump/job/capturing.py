@@ -11,7 +11,7 @@ from actdump import store
 from actdump.errors import ActdumpError, DataError
 from actdump.job.bound import Bound
 from actdump.job.lanes import Lanes
-from actdump.job.memory import Room
+from actdump.job.memory import Room, memory
 from actdump.job.provenance import now
 from actdump.job.sharing import shared_out
 from actdump.job.underway import Job
@@ -48,7 +48,7 @@ def write_parts(job: Job, plan: Plan, bound: Bound, crew: store.Crew, around: Ma
                     counts = _capture_part(job, plan, lanes, room, filling)
                     # Beside it, the lock and the file of the next part would wait for the disk, and the model for them.
                     writer.hold(_seal, filling, claim, {**around, **counts})
-        except Exception:  # whatever ends the run, a part that is whole is finished; a second Ctrl-C does not wait
+        except Exception:  # whatever ends the run, a part that is whole is finished; a second Ctrl-C waits for none
             writer.finish()
             raise
 
@@ -123,10 +123,15 @@ class _Filling:
         """Write what is not written yet of a batch, and count it in: one batch after another, whoever captured them."""
         for arrival in arrivals:
             if self._later:
-                self._puts.append(self.writer.do(arrival.complete, self._seen))
+                self._puts.append(self.writer.do(self._complete_later, arrival))
             else:
                 arrival.complete(self._seen)
                 self.writer.flush(self.shard)
+
+    def _complete_later(self, arrival: "_Arrival") -> None:
+        """In the writer's threads, where a lack of memory is that of no batch, and halving one mends nothing."""
+        with memory("the rows on their way to the disk", "use a smaller `batch.tokens`"):
+            arrival.complete(self._seen)
 
     def filled(self) -> Seen:
         """What was seen of the rows, when all are put."""
@@ -204,8 +209,11 @@ class _Arrival:
             DataError: some values cannot be stored.
             StorageError: the file system refused.
         """
-        while self.waiting:  # what was put is held no more
-            self.put(self.waiting.popleft())
+        try:
+            while self.waiting:  # what was put is held no more
+                self.put(self.waiting.popleft())
+        finally:
+            self.waiting.clear()  # nor what was not: an error in hand holds on to this
         if self._fault is not None:
             raise self._fault
         # All together: one by one, between the model's modules, each takes five times as long.

@@ -26,7 +26,7 @@ class Room:
     def __init__(self, device: "torch.device", settle: Callable[[], bool]) -> None:
         """
         Args:
-            settle: returns when nothing that was captured before is in that memory any more; whether something was.
+            settle: returns when nothing that was captured before is in that memory any more; whether something may have been.
         """
         self.device, self._settle = device, settle
         self._told = False
@@ -36,6 +36,7 @@ class Room:
         """Try whole batches again: memory may have been short for a while only, because another program had it."""
         self.halved = 0
         self._too_large = inf  # padded tokens
+        self._crowded = False  # a batch fitted only when the rows of those before it were gone
 
     def halving(self, batch: Batch, do: Callable[[Batch], None]) -> None:
         """Do something with a batch whole; with its halves, and halves of those, where it does not fit.
@@ -58,9 +59,13 @@ class Room:
         padded, alone = len(batch.numbers) * max(batch.lengths), len(batch.numbers) == 1
         if padded >= self._too_large and not alone:
             return False
+        if self._crowded:
+            self._settle()
         while (lack := _lacking(batch, do)) is not None:
+            crowded = self._settle()
             _free(self.device)
-            if self._settle():
+            if crowded:
+                self._crowded = True
                 continue
             if alone:
                 raise ActdumpError(_too_long(self.device, batch, lack))

@@ -57,7 +57,10 @@ class Writer:
             self.do(shard.flush)
 
     def settle(self) -> bool:
-        """Return when no rows are on their way; whether some were. What went wrong with them is raised elsewhere."""
+        """Return when no rows are on their way; whether some were since the last call. What went wrong with them is raised elsewhere.
+
+        Rows that were on their way a moment ago may have taken the memory that somebody lacked then.
+        """
         return self._tasks is not self._seals and self._tasks.settle()
 
     def _failed(self) -> BaseException | None:
@@ -100,6 +103,7 @@ class _Threads:
         """
         self.failure: BaseException | None = None
         self._most = most
+        self._begun = False  # a task, since the last call of `settle`
         self._threads = ThreadPoolExecutor(count, name)
         self._left: deque[Future[None]] = deque()
 
@@ -114,6 +118,7 @@ class _Threads:
 
     def begin(self, task: Callable[[], Any], failed: Callable[[], BaseException | None]) -> "Future[None]":
         """Do a task, unless one before it failed: what follows may build on it, as a seal does on the rows."""
+        self._begun = True
         self._left.append(self._threads.submit(self._run, task, failed))
         return self._left[-1]
 
@@ -127,8 +132,10 @@ class _Threads:
             raise
 
     def settle(self) -> bool:
-        """Return when all is done, well or not; whether something was not."""
-        return not self.idle and bool(wait(self._left))
+        """Return when all is done, well or not; whether something was begun since the last call."""
+        begun, self._begun = self._begun, False
+        wait(self._left)
+        return begun
 
     def join(self) -> None:
         """Return when all is done."""

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from operator import sub
 from pathlib import Path
+from shutil import disk_usage
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +24,8 @@ from benchmarks.setting import Setting, say
 from benchmarks.subject import FOLDER, Task, tokenizer
 from benchmarks.texts import Prompts, mixed, uniform
 
-MODEL = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+WIDTH = 4096
+MODEL = {"model_type": "llama", "hidden_size": WIDTH, "intermediate_size": 14_336, "num_hidden_layers": 32,
          "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 49_152, "dtype": "bfloat16"}  # fmt: skip
 SOURCE = {"config": MODEL, "dtype": "bfloat16"}
 BUDGETS = (1024, 2048, 4096, 8192, 16_384, 32_768)
@@ -110,7 +112,7 @@ def _compared(sides: Sides, case: Case, prompts: Prompts) -> Iterator[Figure]:
     """A run against the limit; and what half as many prompts more cost both, which leaves out what a run does once."""
     say(prompts.described())
     half = prompts.some(len(prompts.texts) // 2)
-    with _folders(sides.setting, case) as folders:
+    with _folders(sides.setting, case, prompts) as folders:
         runs: dict[str, Run] = {"limit": sides.limit(prompts), "limit, half": sides.limit(half)}
         for place, folder in folders.items():
             runs |= {place: sides.run(prompts, folder), f"{place}, half": sides.run(half, folder)}
@@ -141,11 +143,12 @@ def _told(name: str, run: Run) -> Run:
 
 
 @contextmanager
-def _folders(setting: Setting, case: Case) -> Iterator[dict[str, Path]]:
-    """Where to write, as far as it is there."""
+def _folders(setting: Setting, case: Case, prompts: Prompts) -> Iterator[dict[str, Path]]:
+    """Where to write, as far as it is there and has room."""
+    size = 2 * prompts.tokens * len(case.task.layers) * WIDTH
     with ExitStack() as stack:
         folders = {DISK: setting.scratch}
-        if MEMORY.is_dir():
+        if MEMORY.is_dir() and disk_usage(MEMORY).free > 1.1 * size:
             folders[RAM] = Path(stack.enter_context(TemporaryDirectory(dir=MEMORY)))
         yield {place: folders[place] for place in case.places if place in folders}
 
