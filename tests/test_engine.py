@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from contextlib import nullcontext
 from functools import cache
 
 import pytest
@@ -10,8 +11,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 from zoo import VOCABULARY, Ladder, Step, Toy, build
 
+import actdump.engine.rows as rows_module
 from actdump.address import Slice, parse
-from actdump.engine import Fault, Site, bind, capture, capture_whole, evened, feed_for, positions, probe, stream
+from actdump.engine import Fault, Measured, Site, bind, capture, capture_whole, evened, feed_for, positions, probe, stream
 from actdump.errors import ActdumpError, AddressError, DataError, UsageError
 from actdump.plan import Batch, Layout
 from actdump.tap import Tap
@@ -678,6 +680,47 @@ def test_the_probe_labels_axes(kind, text, axes, layout):
     assert site.layout == layout
     assert site.column.resolved == text
     assert site.calls == 1
+
+
+def test_rows_on_a_gpu_are_copied_when_they_are_computed_and_read_when_they_are_copied(monkeypatch):
+    """The order of what is asked of CUDA, on a machine without; where there is one, tests/test_zoo.py reads what came of it."""
+    ladder, did = Ladder(), []
+    found = probed(ladder, [tap("layers[1].output")])
+
+    class Event:
+        def __init__(self, blocking):
+            assert blocking  # a thread that spins takes a core from the forwards
+
+        def record(self, stream):
+            did.append("recorded")
+
+        def synchronize(self):
+            did.append("waited")
+
+    def pinned(values):
+        did.append("copied")
+        return torch.empty_like(values)
+
+    def landed(measured, values):
+        did.append("read")
+        return measured
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "another stream")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(rows_module, "_pinned", pinned)
+    monkeypatch.setattr(Measured, "landed", landed)
+    kept = []
+    with torch.no_grad():
+        assert stream(ladder, found.sites, found.feed, Batch((0,), tuple(prompts((4,)))), kept.append)
+    (rows,) = kept
+    values = rows.values
+    rows.ready = rows_module._event("the usual stream")
+    for _ in range(2):  # a second wait finds them there
+        rows.wait()
+    assert did == ["recorded", "waited", "copied", "recorded", "waited", "read"]
+    assert torch.equal(rows.values, values)
+    assert rows.values is not values
 
 
 def test_rows_are_streamed_while_the_forward_goes_on():

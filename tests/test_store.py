@@ -496,8 +496,9 @@ def test_no_more_shards_are_sealed_at_once_than_was_said():
     with store.Writer(seals=2) as writer:
         late = threading.Thread(target=hold_three, args=[writer])
         late.start()
-        while len(begun) < 2:
-            time.sleep(0.01)
+        for _ in range(1000):
+            if len(begun) < 2:
+                time.sleep(0.01)
         late.join(0.05)
         assert late.is_alive()
         assert sorted(begun) == [0, 1]

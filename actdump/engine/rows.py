@@ -94,7 +94,7 @@ def _pinned(values: Tensor) -> Tensor:
     """Host memory for these values: pinned, or, where the host has no more of that, plain, and the copy is slower."""
     try:
         return torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
-    except RuntimeError:
+    except RuntimeError:  # as torch words it, in many ways
         return torch.empty(values.shape, dtype=values.dtype, device="cpu")
 
 

@@ -182,10 +182,11 @@ class Feed:
 def sent(values: Tensor, device: torch.device) -> Tensor:
     """Values on a device. CUDA takes them from pinned memory when it comes to that; from any other, where the host has no more of it,
     the device is waited for, with all that it has still to do."""
-    if device.type == "cuda":
-        with suppress(RuntimeError):
-            return values.pin_memory().to(device, non_blocking=True)
-    return values.to(device)
+    if device.type != "cuda":
+        return values.to(device)
+    with suppress(RuntimeError):  # the host has no more of it
+        values = values.pin_memory()
+    return values.to(device, non_blocking=values.is_pinned())
 
 
 def feed_for(model: nn.Module) -> Feed:

@@ -1,6 +1,7 @@
 """Tiny forwards: a few made-up tokens through a model, and what ports hold of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,31 +61,34 @@ def observe(
             if not missing:
                 raise Stop
 
-    with torch.no_grad(), hooked(sites, keep):
+    with torch.no_grad(), hooked(sites, keep), _told(model, ids.numel()):
         try:
             model(**feed.arguments(ids, mask))
         except Stop:
             pass
-        except ActdumpError:
-            raise
-        except Exception as error:  # a model's code can raise anything; it is told in full, and chained
-            if out_of_memory(error):
-                raise ActdumpError(
-                    f"out of memory in a forward of {ids.numel()} tokens: {error}; use a narrower `model.dtype`, "
-                    "`device_map: auto`, or `device: cpu`"
-                ) from error
-            whole = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-            hint = (
-                "; `model.task: text-encoding` loads the encoder alone, of families that have one by itself, as T5"
-                if whole
-                else ""
-            )
-            raise UsageError(
-                f"{type(model).__name__} does not run on token ids alone: {type(error).__name__}: {error}{hint}"
-            ) from error
         finally:
             feed.state.restored()
     return seen
+
+
+@contextmanager
+def _told(model: nn.Module, tokens: int) -> Iterator[None]:
+    """Word what a model's code raises in a forward of so many tokens, which can be anything."""
+    try:
+        yield
+    except ActdumpError:
+        raise
+    except Exception as error:  # told in full, and chained
+        if out_of_memory(error):
+            raise ActdumpError(
+                f"out of memory in a forward of {tokens} tokens: {error}; use a narrower `model.dtype`, "
+                "`device_map: auto`, or `device: cpu`"
+            ) from error
+        whole = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        hint = "; `model.task: text-encoding` loads the encoder alone, of families that have one by itself, as T5"
+        raise UsageError(
+            f"{type(model).__name__} does not run on token ids alone: {type(error).__name__}: {error}{hint if whole else ''}"
+        ) from error
 
 
 def outputs(model: nn.Module) -> list[Site]:

@@ -188,7 +188,7 @@ class _Arrival:
         would be blamed for it; but for a lack of memory, which is that of the forward too."""
         try:
             self._put(rows)
-        except Exception as fault:
+        except Exception as fault:  # kept, and raised by `complete`
             if out_of_memory(fault):
                 raise
             self._fault = self._fault or fault
