@@ -144,7 +144,7 @@ class Bar:
         counts = ((plan.prompts, "prompt"), (plan.tokens, "token"), (len(plan.columns), "tap"))
         what = ", ".join(counted(*each) for each in counts)
         say(
-            f"{what}, {size(plan.bytes)} in {counted(len(plan.parts), 'shard')}{going_on}",
+            f"{what}, {size(plan.bytes)} in {counted(len(plan.shards), 'shard')}{going_on}",
             prompts=plan.prompts, tokens=plan.tokens, bytes=plan.bytes, parts=len(plan.parts), parts_done=len(done),
         )  # fmt: skip
 

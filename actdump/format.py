@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from actdump.address import Slice
 from actdump.errors import DataError
-from actdump.plan import ITEM_BYTES, Budget, Column, Layout, Part, Plan, make
+from actdump.plan import ITEM_BYTES, Budget, Column, Layout, Part, Plan, Span, make
 from actdump.statistics import Statistics, statistics_from_json, statistics_to_json
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ class Folder:
         return self.root / ".actdump-lock"
 
     def claim(self, number: int) -> Path:
-        """The lock of the worker that writes a shard."""
+        """The lock of the worker that makes a part."""
         return self.shards / f".{number:05d}.actdump-lock"
 
     def worker(self, process: str) -> Path:
@@ -161,13 +161,12 @@ class Shard:
     """The record of one finished shard.
 
     Attributes:
-        number: the part's number.
         digest: the plan's digest.
         first, prompts, tokens: which prompts it holds, and how many tokens they have.
         bytes: the size of the file; sha256: of the whole file.
         rows: how many rows each tap has.
-        statistics: what the values of each floating point tap look like.
-        written: who wrote it and how: versions, host, device, batches. Says nothing about the values.
+        statistics: what the values of each floating point tap look like, over the whole part, in the record of its first shard.
+        written: who wrote it and how: versions, host, device, batches of the part. Says nothing about the values.
     """
 
     number: int
@@ -226,18 +225,24 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "digest": plan.digest,
         "facts": plan.facts,
         "columns": [column_to_json(column) for column in plan.columns],
-        "parts": [asdict(part) for part in plan.parts],
+        "parts": [[asdict(shard) for shard in part.shards] for part in plan.parts],
         "budget": asdict(plan.budget),
     }
 
 
 def plan_from_json(value: Mapping[str, Any]) -> Plan:
     _check_version(value)
-    columns, parts = map(column_from_json, value["columns"]), (Part(**part) for part in value["parts"])
-    plan = make(value["facts"], tuple(columns), tuple(parts), Budget(**value["budget"]))
+    columns = tuple(map(column_from_json, value["columns"]))
+    parts = tuple(_part(number, part) for number, part in enumerate(value["parts"]))
+    plan = make(value["facts"], columns, parts, Budget(**value["budget"]))
     if plan.digest != value["digest"]:
         raise DataError("it changed since it was written (its digest is not that of what it says)")
     return plan
+
+
+def _part(number: int, shards: list[dict[str, Any]] | dict[str, Any]) -> Part:
+    """A part by its shards; in older plans, each is one."""
+    return Part(number, tuple(Span(**shard) for shard in (shards if isinstance(shards, list) else [shards])))
 
 
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -15,6 +15,11 @@ ITEM_BYTES = {
     "float64": 8, "int64": 8, "uint64": 8, "float32": 4, "int32": 4, "uint32": 4, "float16": 2, "bfloat16": 2, "int16": 2,
     "uint16": 2, "int8": 1, "uint8": 1, "bool": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
 }  # fmt: skip
+
+# Shards in a part, at most. The more prompts are sorted, the less padding: of a model of 7 billion parameters, 8 layers in bfloat16,
+# 1 GB is 16,000 tokens, and batches of 4,096 cut from prompts of 5 to 400 are padded by 22 %, from four times as many by 9 %. Not more,
+# because what an interruption can lose grows with it, and so does what is left to hash when the last forward has ended.
+SHARDS = 4
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Part:
+class Span:
     """The prompts of one shard: consecutive, `first` to `first + prompts - 1`."""
 
     number: int
@@ -109,6 +114,33 @@ class Part:
     prompts: int
     tokens: int
     bytes: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """The unit of work, of resuming, and of sharing out among workers: the prompts of a few consecutive shards.
+
+    Its prompts are sorted and batched together, and so a shard can be small and few tokens padding.
+    """
+
+    number: int
+    shards: tuple[Span, ...]
+
+    @property
+    def first(self) -> int:
+        return self.shards[0].first
+
+    @property
+    def prompts(self) -> int:
+        return sum(shard.prompts for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
 
 
 @dataclass(frozen=True)
@@ -145,7 +177,7 @@ class Plan:
         digest: sha256 of all that decides the bytes.
         facts: what the plan was made from: the spec, the inputs' hashes, the model, the tokens.
         columns: the taps with what one prompt gives at each.
-        parts: the units of work.
+        parts: what is done, and shared out, as a whole.
         budget: how large a batch may be.
     """
 
@@ -155,17 +187,22 @@ class Plan:
     parts: tuple[Part, ...]
     budget: Budget
 
+    @cached_property
+    def shards(self) -> tuple[Span, ...]:
+        """The shards of all parts."""
+        return tuple(shard for part in self.parts for shard in part.shards)
+
     @property
     def prompts(self) -> int:
-        return sum(part.prompts for part in self.parts)
+        return sum(shard.prompts for shard in self.shards)
 
     @property
     def tokens(self) -> int:
-        return sum(part.tokens for part in self.parts)
+        return sum(shard.tokens for shard in self.shards)
 
     @property
     def bytes(self) -> int:
-        return sum(part.bytes for part in self.parts)
+        return sum(shard.bytes for shard in self.shards)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -174,24 +211,37 @@ class Plan:
 
 
 def parts(columns: Sequence[Column], lengths: Sequence[int], *, most_bytes: int, most_tokens: int) -> tuple[Part, ...]:
-    """Cut prompts into parts: consecutive prompts, up to a number of bytes and of tokens.
+    """Cut prompts into parts.
 
-    A prompt that alone passes a limit has a part of its own.
+    Args:
+        most_bytes: of a shard, and `SHARDS` times as many of a part.
+        most_tokens: of a part. A prompt that alone passes a limit has a part of its own.
     """
+    cut: list[list[Span]] = []
+    tokens = 0
+    for shard in _spans(columns, lengths, most_bytes, most_tokens):
+        if not cut or len(cut[-1]) == SHARDS or tokens + shard.tokens > most_tokens:
+            cut.append([])
+            tokens = 0
+        cut[-1].append(shard)
+        tokens += shard.tokens
+    return tuple(Part(number, tuple(shards)) for number, shards in enumerate(cut))
+
+
+def _spans(columns: Sequence[Column], lengths: Sequence[int], most_bytes: int, most_tokens: int) -> Iterator[Span]:
+    """Cut prompts into shards: consecutive prompts, up to a number of bytes and of tokens."""
     costs: dict[int, int] = {}
-    cut: list[Part] = []
-    first = tokens = size = 0
-    for number, length in enumerate(lengths):
+    number = first = tokens = size = 0
+    for prompt, length in enumerate(lengths):
         if (cost := costs.get(length)) is None:
             cost = costs[length] = prompt_bytes(columns, length)
-        if number > first and (size + cost > most_bytes or tokens + length > most_tokens):
-            cut.append(Part(len(cut), first, number - first, tokens, size))
-            first, tokens, size = number, 0, 0
+        if prompt > first and (size + cost > most_bytes or tokens + length > most_tokens):
+            yield Span(number, first, prompt - first, tokens, size)
+            number, first, tokens, size = number + 1, prompt, 0, 0
         tokens += length
         size += cost
     if first < len(lengths):
-        cut.append(Part(len(cut), first, len(lengths) - first, tokens, size))
-    return tuple(cut)
+        yield Span(number, first, len(lengths) - first, tokens, size)
 
 
 def make(facts: Mapping[str, Any], columns: Sequence[Column], parts: Sequence[Part], budget: Budget) -> Plan:
@@ -203,7 +253,7 @@ def make(facts: Mapping[str, Any], columns: Sequence[Column], parts: Sequence[Pa
     decided = {
         "facts": facts,
         "columns": [_plain(column) for column in columns],
-        "parts": [[part.first, part.prompts] for part in parts],
+        "parts": [[number for shard in part.shards for number in (shard.first, shard.prompts)] for part in parts],
         "budget": [budget.tokens, budget.prompts],
     }
     return Plan(digest(decided), facts, tuple(columns), tuple(parts), budget)

@@ -80,11 +80,11 @@ def manifest_faults(folder: Folder, manifest: Manifest, plan: Plan) -> list[str]
     """Compare a manifest with the plan, and its totals with its shards; the faults found, in words."""
     if manifest.digest != plan.digest:
         return [f"{folder.plan}: not the plan of this dump: its digest is not that in manifest.json"]
-    parts = [(part.number, part.first, part.prompts, part.tokens) for part in plan.parts]
+    planned = [(shard.number, shard.first, shard.prompts, shard.tokens) for shard in plan.shards]
     same = {
         "columns": manifest.columns == plan.columns,
         "facts": manifest.facts == plan.facts,
-        "shards": [(shard.number, shard.first, shard.prompts, shard.tokens) for shard in manifest.shards] == parts,
+        "shards": [(shard.number, shard.first, shard.prompts, shard.tokens) for shard in manifest.shards] == planned,
         "prompts": manifest.prompts == plan.prompts,
         "tokens": manifest.tokens == plan.tokens,
         "bytes": manifest.bytes == sum(shard.bytes for shard in manifest.shards),

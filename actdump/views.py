@@ -88,7 +88,7 @@ def forecast_facts(forecast: "Forecast", root: Path, free: int) -> list[tuple[st
     fits = "" if forecast.bytes <= free else " (TOO LITTLE)"
     return [
         ("prompts", f"{plan.prompts:,}, {plan.tokens:,} tokens"),
-        ("parts", f"{len(plan.parts):,}"),
+        ("shards", f"{len(plan.shards):,} in {counted(len(plan.parts), 'part')}"),
         ("batches", f"{forecast.batches:,} of at most {plan.budget.tokens:,} padded tokens; {padding}"),
         ("size", f"{forecast.bytes:,} bytes; {free:,} are free at {root}{fits}"),
         *([("folder", _folder_words(forecast.folder))] if forecast.folder else []),
@@ -116,7 +116,8 @@ def forecast_json(forecast: "Forecast", free: int) -> dict[str, Any]:
         })  # fmt: skip
     return {
         "taps": taps, "prompts": plan.prompts, "tokens": plan.tokens, "padded_tokens": forecast.padded, "batches": forecast.batches,
-        "parts": len(plan.parts), "bytes": forecast.bytes, "free_bytes": free, "weights_loaded": forecast.weighed, "folder": folder,
+        "parts": len(plan.parts), "shards": len(plan.shards), "bytes": forecast.bytes, "free_bytes": free,
+        "weights_loaded": forecast.weighed, "folder": folder,
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from actdump import format as form
 from actdump.address import Slice
 from actdump.errors import DataError
-from actdump.plan import Budget, Column, Layout, Part, make, prompt_bytes
+from actdump.plan import Budget, Column, Layout, Part, Span, make, prompt_bytes
 from actdump.statistics import Statistics
 
 NAMES = ["h[0].output[0]", "naïve \"quoted\" 名", "a/b", "out put"]  # fmt: skip
@@ -29,7 +29,7 @@ COLUMNS = [
     column(NAMES[2], (5,), "uint8"),
     column(NAMES[3], (Slice(-2, None), 2, 2), "int64"),
 ]
-PARTS = (Part(0, 0, 2, 7, 100), Part(1, 2, 1, 3, 50))
+PARTS = (Part(0, (Span(0, 0, 2, 7, 100),)), Part(1, (Span(1, 2, 1, 3, 50),)))
 LOOKS = {NAMES[0]: Statistics(3, 9, 0, 0.5, 1.5, 2.5, 3.5, (1, 1), (2.0, 3.0))}
 SHARD = form.Shard(1, "d" * 64, 2, 1, 3, 4096, "e" * 64, dict.fromkeys(NAMES, 3), LOOKS, {"host": "x"})
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)

@@ -16,10 +16,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import actdump
-from actdump import engine, inputs, job, store
+from actdump import engine, inputs, job, store, verify
 from actdump.errors import ActdumpError, DataError, OccupiedError, Stopped, StorageError, UsageError
 from actdump.job import capturing, lanes, loop
 from actdump.job.watching import Silent
+from actdump.plan import SHARDS
 from actdump.spec import Spec, load
 
 CONFIG = {
@@ -486,6 +487,20 @@ def test_a_dump_is_finished_with_the_commit_that_it_was_begun_with(tmp_path):
     assert other["00001.safetensors"] != whole["00001.safetensors"]
 
 
+def test_a_dump_whose_every_part_was_one_shard_is_read_and_gone_on_with(tmp_path):
+    """As all dumps were, until parts could have several."""
+    spec, root = make_spec(30, shard={"tokens": 60}, batch={"tokens": 40}), tmp_path / "out"
+    whole = job.run(spec, root).manifest
+    plan = json.loads((root / "plan.json").read_text())
+    assert all(len(part) == 1 for part in plan["parts"])
+    (root / "plan.json").write_text(json.dumps({**plan, "parts": [part for (part,) in plan["parts"]]}))
+    assert states(spec, root) == "up to date"
+    assert verify.faults(actdump.open(root)) == []
+    (root / "shards/00001.json").unlink()
+    again = job.run(spec, root)
+    assert (again.state, again.manifest.shards, again.manifest.digest) == ("done", whole.shards, whole.digest)
+
+
 def test_a_plan_that_cannot_be_read_is_replaced_only_when_asked(tmp_path):
     job.run(make_spec(), tmp_path / "out")
     whole = contents(tmp_path / "out")
@@ -510,7 +525,7 @@ def forks(monkeypatch):
 
 
 def test_killed_at_random_moments_the_bytes_are_those_of_one_run(tmp_path, forks):
-    spec = make_spec(250, shard={"tokens": 30}, batch={"tokens": 20})
+    spec = make_spec(250, shard={"tokens": 60, "size": 2500}, batch={"tokens": 20})  # parts of two shards
     uninterrupted = forks.Process(target=job.run, args=(spec, tmp_path / "whole"))
     uninterrupted.start()
     uninterrupted.join()
@@ -528,7 +543,7 @@ def test_killed_at_random_moments_the_bytes_are_those_of_one_run(tmp_path, forks
         done = {
             path: seen for path, seen in found.items() if path.with_suffix(".json") in found and not path.name.startswith(".")
         }
-        assert {path: done[path] for path in kept} == kept  # a part that is done is not written again
+        assert {path: done[path] for path in kept} == kept  # a shard that is finished is not written again
         kept = done
         if process.exitcode == 0:
             break
@@ -556,7 +571,13 @@ def wait_for_some(root, process, chance, before_the_plan):
 
 @pytest.mark.parametrize(
     "other",
-    [{"batch": {"tokens": 1}}, {"batch": {"tokens": 64}}, {"batch": {"prompts": 3}}, {"shard": {"tokens": 33}}],
+    [
+        {"batch": {"tokens": 1}},
+        {"batch": {"tokens": 64}},
+        {"batch": {"prompts": 3}},
+        {"shard": {"tokens": 33}},
+        {"shard": {"size": 1500}},
+    ],
     ids=str,
 )
 def test_batches_and_shards_move_no_value(other, finished, tmp_path):
@@ -617,7 +638,7 @@ for count in (2_000, 200_000):
         for given_prompts, ids in model.tokenise(prompts.read(given), None, spec.TokenizerSpec(), source):
             intake.add(given_prompts, ids)
         parts = plan.parts([column], intake.lengths, most_bytes=10**9, most_tokens=262_144)
-        intake.place(parts)
+        intake.place([shard for part in parts for shard in part.shards])
         made = plan.make({}, [column], parts, plan.Budget(512))
         intake.commit(made, {}, plan_to_json)
     assert made.prompts == count
@@ -634,11 +655,13 @@ def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path):
 
 def test_rows_that_arrive_later_give_the_same_files(tmp_path, monkeypatch):
     """As from an accelerator: the writer's threads wait for them, and write them."""
-    job.run(make_spec(60, batch={"tokens": 20}), tmp_path / "at_once")
+    spec = make_spec(60, batch={"tokens": 20}, shard={"size": 5000})
+    job.run(spec, tmp_path / "at_once")
     monkeypatch.setattr(capturing, "arrives_later", lambda _: True)
-    job.run(make_spec(60, batch={"tokens": 20}), tmp_path / "later")
+    monkeypatch.setattr(capturing, "_seals", lambda: SHARDS)
+    job.run(spec, tmp_path / "later")
     at_once, later = (sorted(tmp_path.glob(f"{name}/shards/*.safetensors")) for name in ("at_once", "later"))
-    assert at_once
+    assert len(at_once) > SHARDS
     assert [path.read_bytes() for path in at_once] == [path.read_bytes() for path in later]
     assert actdump.open(tmp_path / "at_once").manifest.statistics == actdump.open(tmp_path / "later").manifest.statistics
 

@@ -276,7 +276,7 @@ def records(root):
     from actdump.format import Folder
 
     plan, _ = store.load_plan(Folder(root))
-    return [store.done(Folder(root), part, plan.digest) for part in plan.parts]
+    return [store.finished(Folder(root), shard, plan.digest) for shard in plan.shards]
 
 
 def test_an_error_in_a_lane_ends_the_run_and_leaves_nothing_behind(tmp_path, monkeypatch):

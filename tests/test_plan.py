@@ -1,16 +1,16 @@
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from actdump.address import Slice
-from actdump.plan import Batch, Budget, Column, Layout, Part, batches, digest, make, padded, parts, prompt_bytes
+from actdump.plan import SHARDS, Batch, Budget, Column, Layout, Part, Span, batches, digest, make, padded, parts, prompt_bytes
 
 ROWS = Layout((Slice(), 8), "float32")
 COLUMN = Column("x", "h[-1].output", "h[1].output", "Block", "tensor", "all", None, ("batch", "token", "8"), ROWS)
-PARTS = (Part(0, 0, 3, 12, 999), Part(1, 3, 1, 4, 333))
+PARTS = (Part(0, (Span(0, 0, 3, 12, 999),)), Part(1, (Span(1, 3, 1, 4, 333),)))
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=80)
 budgets = st.builds(Budget, st.integers(1, 400), st.none() | st.integers(1, 9))
 
@@ -60,18 +60,33 @@ def test_padded_counts_the_padding():
     assert padded([5, 3, 2], [[0, 1], [2]]) == 12
 
 
-@given(lengths, st.integers(1, 3000), st.integers(1, 100))
-def test_parts_are_consecutive_and_under_the_limits(lengths, most_bytes, most_tokens):
-    cut = parts([COLUMN], lengths, most_bytes=most_bytes, most_tokens=most_tokens)
-    held = [lengths[part.first : part.first + part.prompts] for part in cut]
-    assert [length for part in held for length in part] == lengths
-    assert [part.number for part in cut] == list(range(len(cut)))
-    for part, inside in zip(cut, held, strict=True):
-        assert (part.tokens, part.bytes) == (sum(inside), sum(prompt_bytes([COLUMN], length) for length in inside))
-        assert part.prompts == 1 or (part.bytes <= most_bytes and part.tokens <= most_tokens)
-    for inside, after in pairwise(held):  # a part ends only where the next prompt would not fit
+@given(lengths, st.integers(1, 3000), st.integers(1, 300))
+def test_shards_are_consecutive_and_under_the_limits(lengths, most_bytes, most_tokens):
+    cut = [shard for part in parts([COLUMN], lengths, most_bytes=most_bytes, most_tokens=most_tokens) for shard in part.shards]
+    held = [lengths[shard.first : shard.first + shard.prompts] for shard in cut]
+    assert [length for inside in held for length in inside] == lengths
+    assert [shard.number for shard in cut] == list(range(len(cut)))
+    for shard, inside in zip(cut, held, strict=True):
+        assert (shard.tokens, shard.bytes) == (sum(inside), sum(prompt_bytes([COLUMN], length) for length in inside))
+        assert shard.prompts == 1 or (shard.bytes <= most_bytes and shard.tokens <= most_tokens)
+    for inside, after in pairwise(held):  # a shard ends only where the next prompt would not fit
         size = sum(prompt_bytes([COLUMN], length) for length in [*inside, after[0]])
         assert size > most_bytes or sum(inside) + after[0] > most_tokens
+
+
+@given(lengths, st.integers(1, 3000), st.integers(1, 300))
+def test_parts_are_a_few_shards_under_the_limit_of_tokens(lengths, most_bytes, most_tokens):
+    cut = parts([COLUMN], lengths, most_bytes=most_bytes, most_tokens=most_tokens)
+    assert [part.number for part in cut] == list(range(len(cut)))
+    assert [part.first for part in cut] == list(accumulate((part.prompts for part in cut[:-1]), initial=0))
+    for part in cut:
+        assert len(part.shards) == 1 or (len(part.shards) <= SHARDS and part.tokens <= most_tokens)
+        assert (part.tokens, part.bytes) == (
+            sum(shard.tokens for shard in part.shards),
+            sum(shard.bytes for shard in part.shards),
+        )
+    for part, after in pairwise(cut):  # a part ends only where the next shard would not fit
+        assert len(part.shards) == SHARDS or part.tokens + after.shards[0].tokens > most_tokens
 
 
 def test_no_prompts_make_no_parts():
@@ -92,7 +107,8 @@ def planned(*, facts=None, column=COLUMN, parts=PARTS, budget=Budget(512)):  # n
         {"column": replace(COLUMN, call=0)},
         {"column": replace(COLUMN, layout=Layout((Slice(), 8), "bfloat16"))},
         {"column": replace(COLUMN, layout=Layout((Slice(1), 8), "float32"))},
-        {"parts": (Part(0, 0, 2, 12, 999), Part(1, 2, 2, 4, 333))},
+        {"parts": (Part(0, (Span(0, 0, 2, 12, 999),)), Part(1, (Span(1, 2, 2, 4, 333),)))},
+        {"parts": (Part(0, (Span(0, 0, 3, 12, 999), Span(1, 3, 1, 4, 333))),)},
         {"budget": Budget(256)},
         {"budget": Budget(512, 4)},
     ],

@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from safetensors.torch import load_file
 
 from actdump import store
 from actdump.errors import DataError, OccupiedError, SpecError, StorageError
-from actdump.format import Folder, plan_from_json, plan_to_json, temporary
-from actdump.plan import Budget, Column, Layout, Part, Slice, make, parts
+from actdump.format import Folder, plan_from_json, plan_to_json, shard_layout, temporary
+from actdump.plan import SHARDS, Budget, Column, Layout, Part, Slice, Span, make, parts, prompt_bytes
 from actdump.prompts import Prompt
-from actdump.store import shards
+from actdump.statistics import Statistics
+from actdump.store import pending as pendings
 
 LENGTHS = (3, 1, 4, 2)
 IDS = [np.arange(length, dtype=np.int32) + 10 * place for place, length in enumerate(LENGTHS)]
@@ -69,13 +71,13 @@ def prompt(number, content, fields=None):
     return Prompt(number, f"p{number}", content, fields or {}, f"prompts[{number}]")
 
 
-def take_in(folder, most_tokens=100):
+def take_in(folder, most_tokens=100, most_bytes=10**6):
     """A plan of the four prompts, with their tokens spooled."""
     with store.Intake(folder) as intake:
         for number, ids in enumerate(IDS):
             intake.add([prompt(number, "ü\t", {"label": number} if number else {})], [ids.tolist()])
-        cut = parts(COLUMNS, intake.lengths, most_bytes=10**6, most_tokens=most_tokens)
-        intake.place(cut)
+        cut = parts(COLUMNS, intake.lengths, most_bytes=most_bytes, most_tokens=most_tokens)
+        intake.place(shard for part in cut for shard in part.shards)
         plan = make(intake.facts, COLUMNS, cut, Budget(8))
         intake.commit(plan, {"prompts": [1, 2]}, plan_to_json)
     return plan
@@ -108,7 +110,7 @@ def test_a_shard_is_a_safetensors_file_with_its_header_first(folder):
     plan = take_in(folder)
     shard = pending(folder, plan)
     hidden = temporary(folder.shard(0), store.me())
-    assert hidden.stat().st_size == shard.layout.size  # its places are known before the first row
+    size = hidden.stat().st_size  # its places are known before the first row
     length = struct.unpack("<Q", hidden.read_bytes()[:8])[0]
     header = json.loads(hidden.read_bytes()[8 : 8 + length])
     assert set(header) - {"__metadata__"} == {
@@ -117,8 +119,10 @@ def test_a_shard_is_a_safetensors_file_with_its_header_first(folder):
     assert (8 + length) % 8 == 0
     for places in ([2, 0], [3, 1]):  # batches come in another order than the prompts
         put(shard, places, places)
-    record = shard.seal({}, {"batches": 2})
-    assert record.bytes == folder.shard(0).stat().st_size == shard.layout.size
+    shard.seal(0, {}, {"batches": 2})
+    record = store.finished(folder, plan.shards[0], plan.digest)
+    assert record.bytes == folder.shard(0).stat().st_size == size
+    assert record.written == {"batches": 2}
     assert record.rows == {"a.output[0]": 10, "pooled": 4, "square": 9 + 1 + 16 + 4}
     assert names(folder) == [
         "plan.json",
@@ -143,20 +147,20 @@ def test_a_shard_says_what_it_is(folder):
     plan = take_in(folder, most_tokens=5)
     shard = pending(folder, plan, 1)
     put(shard, [0, 1], [2, 3]) if plan.parts[1].prompts == 2 else put(shard, [0], [2])
-    shard.seal({}, {})
+    shard.seal(0, {}, {})
     with safe_open(folder.shard(1), framework="np") as file:
         about = file.metadata()
     assert about["first_prompt"] == "2"
     assert about["digest"] == plan.digest
-    assert about["part"] == f"1 of {len(plan.parts)}"
+    assert about["shard"] == f"1 of {len(plan.shards)}"
     assert json.loads(about["taps"])["pooled"] == ["pooled.output", "batch", "token", "2"]
 
 
 def test_the_tensors_are_aligned_to_their_item_size(folder):
-    shard = pending(folder, take_in(folder))
+    plan = take_in(folder)
+    layout = shard_layout(COLUMNS, LENGTHS, store.metadata(plan, plan.shards[0]))
     sizes = {"int64": 8, "float32": 4, "int32": 4, "float16": 2, "uint8": 1}
-    assert all(tensor.start % sizes[tensor.dtype] == 0 for tensor in shard.layout.tensors.values())
-    shard.discard()
+    assert all(tensor.start % sizes[tensor.dtype] == 0 for tensor in layout.tensors.values())
 
 
 def test_a_discarded_shard_leaves_nothing(folder):
@@ -168,19 +172,19 @@ def test_a_discarded_shard_leaves_nothing(folder):
     shard.discard()
     shard.discard()
     assert names(folder) == sorted([*before, "shards"])
-    assert store.done(folder, plan.parts[0], plan.digest) is None
+    assert not store.done(folder, plan.parts[0], plan.digest)
 
 
 def test_discarding_a_sealed_shard_keeps_it(folder):
     plan = take_in(folder)
     shard = pending(folder, plan)
     put(shard, [0, 1, 2, 3], [0, 1, 2, 3])
-    record = shard.seal({}, {})
+    shard.seal(0, {}, {})
     kept = os.open(folder.plan, os.O_RDONLY)  # may have the number of the descriptor that the shard had
     shard.discard()
     assert os.fstat(kept).st_size > 0
     os.close(kept)
-    assert store.done(folder, plan.parts[0], plan.digest) == record
+    assert store.done(folder, plan.parts[0], plan.digest)
 
 
 def test_what_was_put_but_not_completed_is_missing_and_can_be_written_over(folder):
@@ -188,16 +192,16 @@ def test_what_was_put_but_not_completed_is_missing_and_can_be_written_over(folde
     shard = pending(folder, take_in(folder))
     shard.put("pooled", [0, 1, 2, 3], buffers([3, 2, 1, 0])[1])
     with pytest.raises(DataError, match="the rows of 4 prompts never came"):
-        shard.seal({}, {})
+        shard.seal(0, {}, {})
     put(shard, [2, 3], [2, 3])
     put(shard, [0, 1], [0, 1])
-    shard.seal({}, {})
+    shard.seal(0, {}, {})
     with safe_open(folder.shard(0), framework="numpy") as file:
         assert file.get_tensor("pooled").tobytes() == b"".join(bytes(buffers([place])[1]) for place in range(4))
 
 
 def test_a_shard_is_flushed_now_and_then_if_the_writer_has_nothing_else_to_do(folder, monkeypatch):
-    monkeypatch.setattr(shards, "FLUSH", 100)
+    monkeypatch.setattr(pendings, "FLUSH", 100)
     shard, flushed = pending(folder, take_in(folder)), []
     monkeypatch.setattr(shard, "flush", lambda: flushed.append(shard.wants_flush))
     with store.Writer() as writer:
@@ -227,24 +231,51 @@ def test_a_part_is_done_only_with_its_record_its_size_and_its_plan(folder):
     plan = take_in(folder)
     shard = pending(folder, plan)
     put(shard, [0, 1, 2, 3], [0, 1, 2, 3])
-    shard.seal({}, {})
+    shard.seal(0, {}, {})
     part = plan.parts[0]
-    assert store.done(folder, part, plan.digest) is not None
-    assert store.done(folder, part, "another") is None
+    assert store.done(folder, part, plan.digest)
+    assert not store.done(folder, part, "another")
     os.truncate(folder.shard(0), folder.shard(0).stat().st_size - 1)
-    assert store.done(folder, part, plan.digest) is None
+    assert not store.done(folder, part, plan.digest)
     assert store.gathered(folder, plan) is None
     folder.record(0).write_text("{")
-    assert store.done(folder, part, plan.digest) is None
+    assert not store.done(folder, part, plan.digest)
     assert not folder.manifest.exists()
+
+
+def test_a_part_of_several_shards_is_done_with_the_last_of_them(folder):
+    plan = take_in(folder, most_bytes=prompt_bytes(COLUMNS, LENGTHS[0]) + prompt_bytes(COLUMNS, LENGTHS[1]))
+    assert [[shard.prompts for shard in part.shards] for part in plan.parts] == [[2, 1, 1]]
+    part = pending(folder, plan)
+    for places in ([3, 0], [2, 1]):  # batches know nothing of shards
+        put(part, places, places)
+    looks = {"pooled": Statistics(4, 8, 0, 0.5, 1.5, 2.5, 3.5)}
+    for place in (2, 0, 1):
+        assert not part.sealed
+        assert not store.done(folder, plan.parts[0], plan.digest)
+        part.seal(place, looks, {})
+    assert part.sealed
+    assert store.done(folder, plan.parts[0], plan.digest)
+    records = [store.finished(folder, shard, plan.digest) for shard in plan.shards]
+    assert [record.statistics for record in records] == [looks, {}, {}]
+    assert store.gathered(folder, plan).statistics == looks
+    tensors = [load_file(folder.shard(number)) for number in range(3)]
+    for name in ("a.output[0]", "pooled", "square"):
+        found = torch.cat([each[name].reshape(-1) for each in tensors])
+        assert found.tolist() == np.concatenate([known(place, name).reshape(-1) for place in range(4)]).tolist()
+    assert torch.cat([each["tokens"] for each in tensors]).tolist() == np.concatenate(IDS).tolist()
+    assert [json.loads(line)["shard"] for line in folder.prompts.read_text().splitlines()] == [0, 0, 1, 2]
+    store.reopen(folder, plan.shards[1:2])
+    assert not store.done(folder, plan.parts[0], plan.digest)
+    assert store.gathered(folder, plan) is None
 
 
 def test_a_shard_takes_no_room_before_its_rows(folder):
     """So that what others have still to write is not counted as written."""
     column = replace(COLUMNS[0], layout=Layout((Slice(), 1 << 20), "float32"))
-    plan = make({}, [column], [Part(0, 0, 1, 5, 5 << 22)], Budget(64))
+    plan = make({}, [column], [Part(0, (Span(0, 0, 1, 5, 5 << 22),))], Budget(64))
     shard = store.Pending(folder, plan, plan.parts[0], [np.zeros(5, dtype="<i4")])
-    assert shard.layout.size > 5 << 22
+    assert temporary(folder.shard(0), store.me()).stat().st_size > 5 << 22
     assert store.being_written(folder) < 1 << 20
     shard.put(column.name, [0], np.zeros(5 << 22, dtype=np.uint8))
     shard.flush()
@@ -299,7 +330,7 @@ def test_the_umask_decides_the_modes(mask, folder):
         plan = take_in(folder)
         shard = pending(folder, plan)
         put(shard, [0, 1, 2, 3], [0, 1, 2, 3])
-        shard.seal({}, {})
+        shard.seal(0, {}, {})
         store.seal(folder, store.gathered(folder, plan))
     finally:
         os.umask(before)
@@ -313,7 +344,7 @@ def test_sealing_writes_the_manifest_and_drops_the_spooled_tokens(folder):
     assert not store.complete(folder, plan)
     shard = pending(folder, plan)
     put(shard, [0, 1, 2, 3], [0, 1, 2, 3])
-    shard.seal({}, {})
+    shard.seal(0, {}, {})
     assert not store.complete(folder, plan)
     manifest = store.gathered(folder, plan)
     store.seal(folder, manifest)
@@ -348,7 +379,7 @@ def test_a_line_holds_what_the_user_gave_and_token_ids_stand_in_the_shard(folder
     given = [prompt(0, messages), prompt(1, [1, 2], {"source": {"deep": [None, 0.5]}}), prompt(2, "c")]
     with store.Intake(folder) as intake:
         intake.add(given, [[1], [1, 2], [3]])
-        intake.place(parts(COLUMNS, intake.lengths, most_bytes=10**6, most_tokens=2))
+        intake.place(shard for part in parts(COLUMNS, intake.lengths, most_bytes=10**6, most_tokens=2) for shard in part.shards)
         intake.commit(None, {}, plan_to_json)
     assert list(map(json.loads, folder.prompts.read_text().splitlines())) == [
         {"number": 0, "id": "p0", "tokens": 1, "shard": 0, "messages": messages},
@@ -427,16 +458,28 @@ def test_the_writer_does_its_tasks_in_order():
 def test_a_held_task_comes_before_what_is_done_after_it():
     seen = []
     with store.Writer() as writer:
-        writer.hold(seen.append, "first")
+        writer.hold([lambda: seen.append("first"), lambda: seen.append("of two shards")])
         time.sleep(0.05)
         assert seen == []
         writer.do(seen.append, "second")
-        writer.hold(seen.append, "third")
-        writer.hold(seen.append, "fourth")
+        writer.hold([lambda: seen.append("third")])
+        writer.hold([lambda: seen.append("fourth")])
         writer.let_go()
-        writer.hold(seen.append, "last")
+        writer.hold([lambda: seen.append("last")])
         writer.finish()
-    assert seen == ["first", "second", "third", "fourth", "last"]
+    assert seen == ["first", "of two shards", "second", "third", "fourth", "last"]
+
+
+def test_a_held_part_waits_as_one_task_however_many_shards_it_has():
+    """Where seals have no threads of their own, whoever captures must not wait for all but the last."""
+    gate, seen = threading.Event(), []
+    with store.Writer() as writer:
+        writer.hold([gate.wait, *(partial(seen.append, number) for number in range(2 * store.AHEAD))])
+        writer.let_go()
+        assert seen == []
+        gate.set()
+        writer.finish()
+    assert seen == list(range(2 * store.AHEAD))
 
 
 def test_an_error_in_the_thread_is_raised_at_the_next_call():
@@ -475,7 +518,7 @@ def test_the_writer_lets_only_a_few_tasks_wait():
 def test_a_seal_with_threads_of_its_own_keeps_no_rows_waiting():
     gate, seen = threading.Event(), []
     with store.Writer(seals=2) as writer:
-        writer.hold(lambda: (gate.wait(10), seen.append("sealed")))
+        writer.hold([lambda: (gate.wait(10), seen.append("sealed"))])
         for number in range(3 * store.BESIDE):
             writer.do(seen.append, number)
         writer.settle()
@@ -488,9 +531,9 @@ def test_a_seal_with_threads_of_its_own_keeps_no_rows_waiting():
 def test_no_more_shards_are_sealed_at_once_than_was_said():
     gate, begun = threading.Event(), []
 
-    def hold_three(writer):
-        for number in range(3):
-            writer.hold(lambda number=number: (begun.append(number), gate.wait(10)))
+    def hold_three(writer):  # parts
+        for _ in range(3):
+            writer.hold([lambda: (begun.append(1), gate.wait(10))] * SHARDS)
         writer.let_go()
 
     with store.Writer(seals=2) as writer:
@@ -501,11 +544,11 @@ def test_no_more_shards_are_sealed_at_once_than_was_said():
                 time.sleep(0.01)
         late.join(0.05)
         assert late.is_alive()
-        assert sorted(begun) == [0, 1]
+        assert len(begun) == 2
         gate.set()
         late.join()
         writer.finish()
-    assert sorted(begun) == [0, 1, 2]
+    assert len(begun) == 3 * SHARDS
 
 
 def test_a_seal_that_failed_is_told_at_the_next_call():
@@ -513,7 +556,7 @@ def test_a_seal_that_failed_is_told_at_the_next_call():
         raise StorageError("the disk is gone")
 
     with pytest.raises(StorageError, match="the disk is gone"), store.Writer(seals=1) as writer:
-        writer.hold(fail)
+        writer.hold([fail])
         writer.let_go()
         for _ in range(200):
             time.sleep(0.01)
@@ -545,7 +588,7 @@ def test_rows_that_failed_fail_the_seal_that_waits_for_them():
 
     with pytest.raises(StorageError, match="the disk is gone"), store.Writer(seals=1) as writer:
         put = writer.do(fail)
-        writer.hold(lambda: (put.result(), pytest.fail("sealed")))
+        writer.hold([lambda: (put.result(), pytest.fail("sealed"))])
         writer.let_go()
         failed.set()
         writer.finish()
@@ -621,6 +664,6 @@ def test_a_shard_without_all_its_rows_is_not_sealed(folder):
     shard = pending(folder, take_in(folder))
     put(shard, [0, 2, 1], [0, 2, 1])
     with pytest.raises(DataError, match="the rows of 1 prompts never came"):
-        shard.seal({}, {})
+        shard.seal(0, {}, {})
     shard.discard()
     assert list(folder.shards.iterdir()) == []

@@ -21,7 +21,7 @@ from actdump import job, store
 from actdump.errors import OccupiedError, Stopped, UsageError
 from actdump.format import Folder
 from actdump.format import temporary as temporary_name
-from actdump.plan import Part
+from actdump.plan import Part, Span
 from actdump.signals import StopSignals, seconds
 from actdump.store.locks import Lock
 from actdump.worker import Worker, which
@@ -86,7 +86,7 @@ def test_a_wrong_time_is_refused(wrong):
 
 @pytest.mark.parametrize("count", [1, 2, 5, 20])
 def test_own_parts_come_first_and_every_part_is_somebodys(count):
-    parts = [Part(number, number, 1, 1, 1) for number in range(12)]
+    parts = [Part(number, (Span(number, number, 1, 1, 1),)) for number in range(12)]
     workers = [Worker(index, count) for index in range(count)]
     for worker in workers:
         order = worker.order(parts)
@@ -120,10 +120,10 @@ import sys, time
 from pathlib import Path
 from actdump import store
 from actdump.format import Folder
-from actdump.plan import Part
+from actdump.plan import Part, Span
 crew = store.Crew(Folder(Path(sys.argv[1])))
 crew.join()
-assert crew.claim(Part(3, 0, 1, 1, 1))
+assert crew.claim(Part(3, (Span(3, 0, 1, 1, 1),)))
 print(store.me(), flush=True)
 time.sleep(60)
 """
@@ -148,7 +148,7 @@ def holding(folder):
 
 
 def test_a_part_is_one_workers_until_it_is_done_or_the_worker_dies(folder):
-    part = Part(3, 0, 1, 1, 1)
+    part = Part(3, (Span(3, 0, 1, 1, 1),))
     with holding(folder) as (name, process), store.Crew(folder) as crew:
         assert crew.claim(part) is None
         assert crew.others() == [name]
@@ -270,7 +270,7 @@ def work(spec, root, index, count, counts=None):
 
 @pytest.fixture(scope="module")
 def spec():
-    return make_spec(150, shard={"tokens": 40}, batch={"tokens": 20})
+    return make_spec(150, shard={"tokens": 80, "size": 3200}, batch={"tokens": 20})  # parts of two shards
 
 
 @pytest.fixture(scope="module")
@@ -341,8 +341,9 @@ def test_what_a_dead_worker_had_in_hand_is_taken_by_one_that_waits(spec, whole, 
     root = tmp_path / "out"
     shutil.copytree(whole, root)
     Folder(root).manifest.unlink()
-    for path in root.glob("shards/00003.*"):
-        path.unlink()
+    plan, _ = store.load_plan(Folder(root))
+    for shard in plan.parts[3].shards:
+        Folder(root).record(shard.number).unlink()
     with holding(Folder(root)) as (_, process):
 
         def step(doing):

@@ -28,8 +28,8 @@ def choose(dump: Dump, plan: Plan, count: int) -> Choice:
     """Choose that many prompts by the plan's digest, or all where there are no more."""
 
     def lengths(part: Part) -> list[int]:
-        offsets = dump.shard_of(part.first).offsets(TOKENS)
-        return [last - first for first, last in pairwise(offsets)]
+        each = (dump.shard_of(shard.first).offsets(TOKENS) for shard in part.shards)
+        return [last - first for offsets in each for first, last in pairwise(offsets)]
 
     numbers = _drawn(plan, min(count, plan.prompts))
     firsts = [part.first for part in plan.parts]

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from actdump import store
@@ -42,12 +43,14 @@ def write_parts(job: Job, plan: Plan, bound: Bound, crew: store.Crew, around: Ma
         try:
             with Lanes(bound, job.check_stop) as lanes:
                 for part, claim in shared_out(job, plan, crew, writer.finish):
-                    shard = pendings.begin(folder, plan, part, store.part_tokens(folder, plan, part))
+                    pending = pendings.begin(folder, plan, part, store.part_tokens(folder, plan, part))
                     writer.let_go()
-                    filling = _Filling(job, bound, shard, writer)
+                    filling = _Filling(job, bound, pending, writer)
                     counts = _capture_part(job, plan, lanes, room, filling)
-                    # Beside it, the lock and the file of the next part would wait for the disk, and the model for them.
-                    writer.hold(_seal, filling, claim, {**around, **counts})
+                    # Beside it, the lock and the files of the next part would wait for the disk, and the model for them.
+                    writer.hold(
+                        partial(filling.seal, place, claim, {**around, **counts}) for place, _ in enumerate(part.shards)
+                    )
         except Exception:  # whatever ends the run, a part that is whole is finished; a second Ctrl-C waits for none
             writer.finish()
             raise
@@ -57,8 +60,8 @@ def _capture_part(job: Job, plan: Plan, lanes: Lanes, room: Room, filling: "_Fil
     """Capture a part batch by batch; how many batches it took, and how many of them were halved."""
     import torch
 
-    shard = filling.shard
-    cut = batches(shard.lengths, plan.budget)
+    lengths = filling.pending.lengths
+    cut = batches(lengths, plan.budget)
     room.next_part()
     with torch.inference_mode():
         for places, arrivals in lanes.run(filling.captured_in, cut):
@@ -67,14 +70,8 @@ def _capture_part(job: Job, plan: Plan, lanes: Lanes, room: Room, filling: "_Fil
                 room.halving(filling.batch(places), filling.take_in)
             else:
                 filling.complete(arrivals)
-            job.watcher.batch(len(places), sum(shard.lengths[place] for place in places))
+            job.watcher.batch(len(places), sum(lengths[place] for place in places))
     return {"batches": len(cut), "halved": room.halved}
-
-
-def _seal(filling: "_Filling", claim: store.Lock, written: Mapping[str, Any]) -> None:
-    seen = filling.filled()
-    filling.shard.seal({name: merged(each) for name, each in seen.items()}, {**written, "finished": now()})
-    claim.remove()
 
 
 def _seals() -> int:
@@ -94,10 +91,10 @@ def arrives_later(device: "torch.device") -> bool:
 
 
 class _Filling:
-    """A shard being filled."""
+    """A part being filled."""
 
-    def __init__(self, job: Job, bound: Bound, shard: store.Pending, writer: store.Writer) -> None:
-        self.bound, self.shard, self.writer = bound, shard, writer
+    def __init__(self, job: Job, bound: Bound, pending: store.Pending, writer: store.Writer) -> None:
+        self.bound, self.pending, self.writer = bound, pending, writer
         self._seen: Seen = {}
         self._puts: list[Future[None]] = []
         self._later = arrives_later(bound.feed.device)
@@ -105,8 +102,8 @@ class _Filling:
 
     def batch(self, places: Sequence[int]) -> Batch:
         """The prompts at these places of the part."""
-        numbers = tuple(self.shard.part.first + place for place in places)
-        return Batch(numbers, tuple(self.shard.ids[place].tolist() for place in places))
+        numbers = tuple(self.pending.part.first + place for place in places)
+        return Batch(numbers, tuple(self.pending.ids[place].tolist() for place in places))
 
     def take_in(self, batch: Batch) -> None:
         """Capture a batch and write its rows."""
@@ -126,24 +123,27 @@ class _Filling:
                 self._puts.append(self.writer.do(self._complete_later, arrival))
             else:
                 arrival.complete(self._seen)
-                self.writer.flush(self.shard)
+                self.writer.flush(self.pending)
 
     def _complete_later(self, arrival: "_Arrival") -> None:
         """In the writer's threads, where a lack of memory is that of no batch, and halving one mends nothing."""
         with memory("the rows on their way to the disk", "use a smaller `batch.tokens`"):
             arrival.complete(self._seen)
 
-    def filled(self) -> Seen:
-        """What was seen of the rows, when all are put."""
+    def seal(self, place: int, claim: store.Lock, written: Mapping[str, Any]) -> None:
+        """Seal one of the shards, when all rows are put; with the last of them, the part is done."""
         for put in self._puts:
             put.result()
-        return self._seen
+        seen = {name: merged(each) for name, each in self._seen.items()}
+        self.pending.seal(place, seen, {**written, "finished": now()})
+        if self.pending.sealed:
+            claim.remove()
 
     def _captured(self, bound: Bound, batch: Batch) -> "list[_Arrival]":
         """A batch captured; in several pieces, where it cannot be captured as one."""
         from actdump import engine
 
-        arrival = _Arrival(self.shard, batch, self._strict)
+        arrival = _Arrival(self.pending, batch, self._strict)
         sink = arrival.waiting.append if self._later else arrival.put
         with _told(batch):
             whole = engine.stream(bound.module, bound.sites, bound.feed, batch, sink)
@@ -170,16 +170,16 @@ def _told(batch: Batch) -> Iterator[None]:
 
 
 class _Arrival:
-    """A batch on its way into a shard. What was put of one that is not completed will be written over.
+    """A batch on its way into its part. What was put of one that is not completed will be written over.
 
     Attributes:
         waiting: rows that are still to be put.
     """
 
-    def __init__(self, shard: store.Pending, batch: Batch, strict: bool) -> None:
+    def __init__(self, pending: store.Pending, batch: Batch, strict: bool) -> None:
         self.waiting: deque[Rows] = deque()
-        self._shard, self._strict = shard, strict
-        self._places = [number - shard.part.first for number in batch.numbers]
+        self._pending, self._strict = pending, strict
+        self._places = [number - pending.part.first for number in batch.numbers]
         self._measured: dict[str, Measured] = {}
         self._fault: Exception | None = None
 
@@ -200,10 +200,10 @@ class _Arrival:
             self._measured[name] = rows.measured
             if self._strict and (count := rows.measured.nonfinite):
                 raise DataError(_nonfinite(rows, count))
-        self._shard.put(name, self._places, rows.buffer())
+        self._pending.put(name, self._places, rows.buffer())
 
     def complete(self, seen: Seen) -> None:
-        """Put what is waiting; then the batch is in the shard.
+        """Put what is waiting; then the batch is in its part.
 
         Raises:
             DataError: some values cannot be stored.
@@ -219,7 +219,7 @@ class _Arrival:
         # All together: one by one, between the model's modules, each takes five times as long.
         for name, measured in self._measured.items():
             seen.setdefault(name, []).append(measured.statistics())
-        self._shard.complete(self._places)
+        self._pending.complete(self._places)
 
 
 def _nonfinite(rows: "Rows", count: int) -> str:

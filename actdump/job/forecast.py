@@ -57,10 +57,13 @@ def forecast(spec: Spec, watcher: Watcher | None = None, root: Path | None = Non
         plan = make({}, bound.columns, cut(spec, bound, lengths, stdin), budget)
         folder = _found(spec, root, sources) if root is not None else None
     size = computed = count = 0
+    for shard in plan.shards:
+        size += shard_layout(
+            bound.columns, lengths[shard.first : shard.first + shard.prompts], store.metadata(plan, shard)
+        ).size
     for part in plan.parts:
         inside = lengths[part.first : part.first + part.prompts]
         cuts = batches(inside, budget)
-        size += shard_layout(bound.columns, inside, store.metadata(plan, part)).size
         computed += padded(inside, cuts)
         count += len(cuts)
     return Forecast(bound, weighed, plan, Counter(lengths), computed, count, size, folder)

@@ -181,13 +181,14 @@ def take_in(
         bound = bound or loaded(job, source)
         _try_longest(bound, max(intake.lengths, default=0))
         parts = cut(job.spec, bound, intake.lengths, job.stdin)
-        intake.place(parts)
+        shards = tuple(shard for part in parts for shard in part.shards)
+        intake.place(shards)
         facts = facts_of(job.spec, bound, job.patiently(hashes), intake.facts)
         if found is None and not crew.locks:  # another worker may have made the plan in the meantime
             found = _to_go_on_with(job, standing(job), bound)
         plan = found or make(facts, bound.columns, parts, budget_for(job.spec, bound))
         # How the model is run may be another here (the mask, the attention kernel); a plan that is there stays.
-        if plan.parts != parts or _taken_in(plan.facts) != _taken_in(facts):
+        if plan.shards != shards or _taken_in(plan.facts) != _taken_in(facts):
             raise DataError(
                 f"{folder.root}: the prompts' tokens are not those of the plan in the folder; use the versions that made it"
             )

@@ -7,19 +7,19 @@ from actdump import reader, store, verify
 from actdump.errors import DataError, MissingError
 from actdump.format import Folder, Manifest
 from actdump.job.underway import Damage, Job
-from actdump.plan import Part, Plan
+from actdump.plan import Plan, Span
 
 log = logging.getLogger(__name__)
 
 
 def look_over(job: Job, plan: Plan) -> None:
-    """Look for damage in a finished dump, or in the parts of an unfinished one that are done, and tell it. Changes nothing.
+    """Look for damage in a finished dump, or in the finished shards of an unfinished one, and tell it. Changes nothing.
 
     Raises:
         Stopped: asked to stop.
     """
     job.watcher.step("comparing every byte with what was recorded of it")
-    job.damage = _damage(job, plan, plan.parts)
+    job.damage = _damage(job, plan, plan.shards)
     for fault in job.damage.faults:
         log.warning("%s", fault)
 
@@ -30,22 +30,22 @@ def give_up(job: Job, plan: Plan) -> None:
     Only now that the model is there, because the dump can be read until then. Looks again at what was damaged: another worker may
     have made it anew in the meantime.
     """
-    damage = _damage(job, plan, job.damage.parts) if job.damage.faults else job.damage
+    damage = _damage(job, plan, job.damage.shards) if job.damage.faults else job.damage
     spooled = job.folder.tokens.exists()  # for prompts.jsonl, which may be all that was damaged; the seal removes it
     if damage.faults or spooled or not store.complete(job.folder, plan):
-        store.reopen(job.folder, damage.parts)
+        store.reopen(job.folder, damage.shards)
 
 
-def _damage(job: Job, plan: Plan, parts: Sequence[Part]) -> Damage:
+def _damage(job: Job, plan: Plan, spans: Sequence[Span]) -> Damage:
     folder = job.folder
     manifest, faults = _manifest(folder, plan)
     damaged = []
-    for part in parts:
+    for span in spans:
         job.check_stop()
-        shard = store.done(folder, part, plan.digest) if manifest is None else manifest.shards[part.number]
+        shard = store.finished(folder, span, plan.digest) if manifest is None else manifest.shards[span.number]
         if shard is not None and (found := verify.shard_faults(folder, plan.columns, shard)):
             faults += found
-            damaged.append(part)
+            damaged.append(span)
     if manifest is not None or folder.prompts.exists():
         faults += verify.prompts_faults(folder, plan.facts)
     return Damage(tuple(faults), tuple(damaged))

@@ -45,10 +45,10 @@ def _claimed(job: Job, plan: Plan, crew: store.Crew, parts: Sequence[Part]) -> I
     """Those of the parts that nobody has and nobody has done."""
     for part in job.worker.order(parts):
         if (crew.locks or job.worker.owns(part)) and (claim := crew.claim(part)) is not None:
-            if store.done(job.folder, part, plan.digest) is None:
-                yield part, claim
-            else:
+            if store.done(job.folder, part, plan.digest):
                 claim.remove()
+            else:
+                yield part, claim
 
 
 def _waited(job: Job, crew: store.Crew, parts: Sequence[Part], since: float | None) -> float:

@@ -12,7 +12,7 @@ from actdump.format import Folder
 from actdump.inputs import Inputs
 from actdump.job.provenance import now
 from actdump.job.watching import Watcher
-from actdump.plan import Part
+from actdump.plan import Span
 from actdump.spec import Spec
 from actdump.worker import Worker
 
@@ -27,11 +27,11 @@ class Damage:
 
     Attributes:
         faults: in words.
-        parts: those whose shard or record is concerned; they have to be made again.
+        shards: those that are concerned, or whose records are; they have to be made again.
     """
 
     faults: tuple[str, ...] = ()
-    parts: tuple[Part, ...] = ()
+    shards: tuple[Span, ...] = ()
 
 
 @dataclass

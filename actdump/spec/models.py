@@ -278,12 +278,12 @@ class BatchSpec(_Strict):
 
 
 class ShardSpec(_Strict):
-    """How large a shard may be: the unit of work, and what an interruption can lose."""
+    """How large a shard may be, and a part, which is a few shards: the unit of work, and what an interruption can lose."""
 
     size: Annotated[Count, BeforeValidator(_bytes, json_schema_input_type=int | str)] = Field(
-        10**9, description="bytes, or 1 GB"
+        10**9, description="bytes in a shard, or 1 GB"
     )
-    tokens: Count = Field(262_144, description="tokens in a shard")
+    tokens: Count = Field(262_144, description="tokens in a part, which is four shards at most")
 
 
 def _names(save: list[SaveSpec]) -> list[SaveSpec]:

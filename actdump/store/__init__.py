@@ -1,7 +1,7 @@
 """A dump being written: the plan and the tokens first, shards at their final offsets, the manifest last.
 
 Every file is written under a temporary name in its own folder, flushed to the device, and renamed; so a file with its final
-name is whole. A part is done when its record is there, which is written after its shard.
+name is whole. A shard is finished when its record is there, which is written after it; a part is done when all of its shards are.
 """
 
 from actdump.store.checks import check_free, check_space, check_writable, taken
@@ -9,9 +9,11 @@ from actdump.store.crew import WAIT, Crew, at_work
 from actdump.store.files import being_written, free_space, storage, sweep, write_atomically
 from actdump.store.intake import Intake, part_tokens
 from actdump.store.locks import Lock, me, number_and_host
+from actdump.store.manifest import gathered, seal
+from actdump.store.pending import Pending, Pendings
 from actdump.store.removal import clear, reopen
-from actdump.store.shards import Pending, Pendings, gathered, metadata, seal
-from actdump.store.standing import complete, done, has_tokens, load_plan, missing, origins, restamp, statistics
+from actdump.store.shards import metadata
+from actdump.store.standing import complete, done, finished, has_tokens, load_plan, missing, origins, restamp, statistics
 from actdump.store.status import Status, status
 from actdump.store.threads import shut_down
 from actdump.store.writer import AHEAD, BESIDE, Writer
@@ -35,6 +37,7 @@ __all__ = [
     "clear",
     "complete",
     "done",
+    "finished",
     "free_space",
     "gathered",
     "has_tokens",

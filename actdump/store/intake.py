@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from actdump.errors import SpecError
 from actdump.format import Folder, temporary
-from actdump.plan import Part, Plan
+from actdump.plan import Part, Plan, Span
 from actdump.prompts import Prompt
 from actdump.store.files import flush_folder, storage, to_json, write_atomically
 from actdump.store.locks import me
@@ -32,7 +32,7 @@ _json = json.JSONEncoder(ensure_ascii=False).encode
 class Intake:
     """Prompts on their way into the dump: token ids and lines are spooled to disk, so that memory does not grow with them.
 
-    Use as a context manager; `add` prompts, `place` them in parts, then `commit`.
+    Use as a context manager; `add` prompts, `place` them in shards, then `commit`.
 
     Attributes:
         lengths: the number of tokens of each prompt.
@@ -66,14 +66,14 @@ class Intake:
             self.tokens.write(words)
             self.spool.write(_lines(prompts, ids))
 
-    def place(self, parts: Iterable[Part]) -> None:
+    def place(self, shards: Iterable[Span]) -> None:
         """Write prompts.jsonl, now that the shard of each prompt is known."""
         with storage(self.folder.root):
             self.spool.seek(0)
-            for part in parts:
-                for start in range(0, part.prompts, LINES):
-                    lines = islice(self.spool, min(LINES, part.prompts - start))
-                    self._write(b"".join(lines).replace(_GAP.encode(), b"%d" % part.number))
+            for shard in shards:
+                for start in range(0, shard.prompts, LINES):
+                    lines = islice(self.spool, min(LINES, shard.prompts - start))
+                    self._write(b"".join(lines).replace(_GAP.encode(), b"%d" % shard.number))
 
     def _write(self, text: bytes) -> None:
         self.lines_hash.update(text)

@@ -3,15 +3,15 @@
 from collections.abc import Iterable
 
 from actdump.format import Folder
-from actdump.plan import Part, Plan
+from actdump.plan import Plan, Span
 from actdump.store.files import storage
-from actdump.store.standing import done
+from actdump.store.standing import finished
 
 
 def clear(folder: Folder, plan: Plan) -> None:
-    """Remove what a dump consists of, the manifest first and the plan last; leave everything else, and parts that the plan has done."""
-    done_parts = [part.number for part in plan.parts if done(folder, part, plan.digest)]
-    kept = {path for number in done_parts for path in (folder.shard(number), folder.record(number))}
+    """Remove what a dump consists of, the manifest first and the plan last; leave everything else, and finished shards of the plan."""
+    stay = [shard.number for shard in plan.shards if finished(folder, shard, plan.digest)]
+    kept = {path for number in stay for path in (folder.shard(number), folder.record(number))}
     with storage(folder.root, "cleared"):
         folder.manifest.unlink(missing_ok=True)
         for path in sorted(folder.shards.iterdir()) if folder.shards.is_dir() else ():
@@ -23,12 +23,12 @@ def clear(folder: Folder, plan: Plan) -> None:
             path.unlink(missing_ok=True)
 
 
-def reopen(folder: Folder, parts: Iterable[Part]) -> None:
-    """Give up parts of a dump, so that they are not done, and the dump is not complete.
+def reopen(folder: Folder, shards: Iterable[Span]) -> None:
+    """Give up shards of a dump, so that their parts are not done, and the dump is not complete.
 
     Records go first: without a manifest, what records say is done would be taken into a new one.
     """
     with storage(folder.root, "repaired"):
-        for part in parts:
-            folder.record(part.number).unlink(missing_ok=True)
+        for shard in shards:
+            folder.record(shard.number).unlink(missing_ok=True)
         folder.manifest.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 from actdump.errors import DataError, StorageError
 from actdump.format import VERSION, Folder, Shard, plan_from_json, plan_to_json, shard_from_json
 from actdump.inputs import Stamps, sha256
-from actdump.plan import Part, Plan
+from actdump.plan import Part, Plan, Span
 from actdump.statistics import Statistics
 from actdump.store.files import to_json, write_atomically
 
@@ -33,25 +33,30 @@ def load_plan(folder: Folder) -> tuple[Plan, dict[str, Any]] | None:
         raise DataError(f"{folder.plan}: {error}; --repair makes it again, if it is this spec's") from None
 
 
-def done(folder: Folder, part: Part, digest: str) -> Shard | None:
-    """The record of a part that is done: its record is there, and its shard has the recorded size."""
+def finished(folder: Folder, span: Span, digest: str) -> Shard | None:
+    """The record of a shard that is finished: the record is there, and the file has the recorded size."""
     try:
-        shard = shard_from_json(json.loads(folder.record(part.number).read_bytes()))
-        size = folder.shard(part.number).stat().st_size
+        shard = shard_from_json(json.loads(folder.record(span.number).read_bytes()))
+        size = folder.shard(span.number).stat().st_size
     except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError):
         return None
     return shard if shard.digest == digest and size == shard.bytes else None
 
 
+def done(folder: Folder, part: Part, digest: str) -> bool:
+    """Whether all shards of a part are finished."""
+    return all(finished(folder, shard, digest) is not None for shard in part.shards)
+
+
 def missing(folder: Folder, plan: Plan, parts: Sequence[Part]) -> list[Part]:
     """Those of the parts that are not done."""
-    return [part for part in parts if done(folder, part, plan.digest) is None]
+    return [part for part in parts if not done(folder, part, plan.digest)]
 
 
 def statistics(folder: Folder, plan: Plan) -> Iterator[Mapping[str, Statistics]]:
-    """The statistics of the parts that are done."""
+    """The statistics of the parts whose first shard, which has them, is finished."""
     for part in plan.parts:
-        if (shard := done(folder, part, plan.digest)) is not None:
+        if (shard := finished(folder, part.shards[0], plan.digest)) is not None:
             yield shard.statistics
 
 
@@ -66,8 +71,8 @@ def complete(folder: Folder, plan: Plan) -> bool:
             found = {
                 entry.name: entry.stat().st_size for entry in entries if not entry.name.startswith(".")
             }  # locks come and go
-        whole = (found.get(folder.shard(part.number).name) == sizes.get(part.number, -1) for part in plan.parts)
-        return all(whole) and all(folder.record(part.number).name in found for part in plan.parts)
+        whole = (found.get(folder.shard(shard.number).name) == sizes.get(shard.number, -1) for shard in plan.shards)
+        return all(whole) and all(folder.record(shard.number).name in found for shard in plan.shards)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

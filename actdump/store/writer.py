@@ -1,16 +1,17 @@
 """The threads that write beside the captures."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from actdump.store.shards import Pending
+from actdump.plan import SHARDS
+from actdump.store.pending import Pending
 from actdump.store.threads import shut_down
 
-AHEAD = 2  # batches, or shards, that may wait for one thread
+AHEAD = 2  # batches, or parts, that may wait for one thread
 BESIDE = 4  # batches that may be on their way where a device computes and the threads have the cores for themselves
 
 
@@ -27,23 +28,25 @@ class Writer:
             seals: how many shards can be sealed at once, beside the tasks; 0: they are tasks like any other.
         """
         self._tasks = _Threads("actdump-writer", BESIDE, BESIDE) if seals else _Threads("actdump-writer", 1, AHEAD)
-        self._seals = _Threads("actdump-sealer", seals, seals) if seals else self._tasks
-        self._held: Callable[[], None] | None = None
+        self._seals = _Threads("actdump-sealer", seals, AHEAD * SHARDS) if seals else self._tasks
+        self._held: list[Callable[[], None]] = []
 
     def do(self, task: Callable[..., Any], *args: Any) -> "Future[None]":
         """Let a thread do this; waits while too much is waiting there."""
         self.let_go()
         return self._submit(self._tasks, partial(task, *args))
 
-    def hold(self, seal: Callable[..., Any], *args: Any) -> None:
-        """Let a thread do this, which seals a shard, when the next call of `let_go`, `do` or `finish` comes."""
+    def hold(self, seals: Iterable[Callable[[], None]]) -> None:
+        """Let threads do these, which seal the shards of a part, when the next call of `let_go`, `do` or `finish` comes."""
         self.let_go()
-        self._held = partial(seal, *args)
+        self._held = list(seals)
 
     def let_go(self) -> None:
-        """Let a thread do what was held."""
-        if self._held is not None:
-            seal, self._held = self._held, None
+        """Let threads do what was held: side by side if they are for that, and otherwise as one task."""
+        seals, self._held = self._held, []
+        if seals and self._seals is self._tasks:
+            seals = [partial(_one_by_one, seals)]
+        for seal in seals:
             self._submit(self._seals, seal)
 
     def _submit(self, threads: "_Threads", task: Callable[[], Any]) -> "Future[None]":
@@ -51,10 +54,10 @@ class Writer:
         self._check()
         return threads.begin(task, self._failed)
 
-    def flush(self, shard: Pending) -> None:
-        """Let the thread flush a shard that wants it, if it has nothing else to do: its waiting for the disk costs nobody time."""
-        if shard.wants_flush and self._tasks.idle:
-            self.do(shard.flush)
+    def flush(self, part: Pending) -> None:
+        """Let the thread flush a part that wants it, if it has nothing else to do: its waiting for the disk costs nobody time."""
+        if part.wants_flush and self._tasks.idle:
+            self.do(part.flush)
 
     def settle(self) -> bool:
         """Return when no rows are on their way; whether some were since the last call. What went wrong with them is raised elsewhere.
@@ -87,6 +90,11 @@ class Writer:
             self._tasks.end(cancel=kind is not None)
         finally:
             self._seals.end(cancel=kind is not None)
+
+
+def _one_by_one(tasks: Iterable[Callable[[], None]]) -> None:
+    for task in tasks:
+        task()
 
 
 class _Threads:

@@ -16,7 +16,7 @@ from typing import Any
 
 from actdump import plan, store
 from actdump.spec import Spec
-from actdump.store import shards, standing
+from actdump.store import manifest, shards, standing
 from benchmarks import child
 from benchmarks.rounds import Figure, Goal, in_turns, ratio, timed, times
 from benchmarks.running import Dumping, spec_of
@@ -36,7 +36,8 @@ OVERHEAD = (
     (store.Intake, "commit"),
     (store, "done"),
     (standing, "done"),
-    (shards, "done"),
+    (shards, "finished"),
+    (manifest, "finished"),
     (shards, "write_atomically"),
 )
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def measure(setting: Setting) -> Iterator[Figure]:
     taken = in_turns(sides, setting.rounds)
     speeds = {name: tuple(plan.bytes / 1e6 / seconds for seconds in times) for name, times in taken.items()}
     for name, each in speeds.items():
-        yield Figure(f"{name}, {plan.bytes / 1e6:,.0f} MB in {len(plan.parts)} shards", float(np.median(each)), "MB/s", each)
+        yield Figure(f"{name}, {plan.bytes / 1e6:,.0f} MB in {len(plan.shards)} shards", float(np.median(each)), "MB/s", each)
     ours, plain = speeds.values()
     ratios = tuple(first / second for first, second in zip(ours, plain, strict=True))
     yield Figure("the store / a plain file", float(np.median(ours) / np.median(plain)), "×", ratios, Goal("at least", 0.8))
@@ -62,14 +63,14 @@ def written(plan: Plan, lengths: Array, source: Array, root: Path) -> None:
         with store.Pendings() as pendings, store.Writer() as writer:
             for part in plan.parts:
                 own = lengths[part.first : part.first + part.prompts].tolist()
-                shard = pendings.begin(folder, plan, part, [np.zeros(length, dtype="<i4") for length in own])
-                for places in batches(shard.lengths, plan.budget):
+                pending = pendings.begin(folder, plan, part, [np.zeros(length, dtype="<i4") for length in own])
+                for places in batches(pending.lengths, plan.budget):
                     size = sum(own[place] for place in places) * WIDTH * 2
                     for column in plan.columns:
-                        shard.put(column.name, places, source[:size])
-                    shard.complete(places)
-                    writer.flush(shard)
-                writer.do(shard.seal, {}, {})
+                        pending.put(column.name, places, source[:size])
+                    pending.complete(places)
+                    writer.flush(pending)
+                writer.hold(partial(pending.seal, place, {}, {}) for place, _ in enumerate(part.shards))
             writer.finish()
     finally:
         shutil.rmtree(root)
@@ -77,8 +78,8 @@ def written(plan: Plan, lengths: Array, source: Array, root: Path) -> None:
 
 def plainly(plan: Plan, source: Array, path: Path) -> None:
     """As many bytes, file by file, from the first to the last, hashed on the way, flushed to the device."""
-    for part in plan.parts:
-        _plain_file(part.bytes, source.data, path)
+    for shard in plan.shards:
+        _plain_file(shard.bytes, source.data, path)
         path.unlink()
 
 
