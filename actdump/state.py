@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 from typing import Any
-from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 TABLE = 1 << 20  # elements; a larger buffer is a weight or a mask, and is not computed anew in a forward
+_OWN = frozenset(vars(nn.Module()))  # attributes in which torch keeps what a module consists of
 
 
 class State:
@@ -15,31 +15,23 @@ class State:
 
     A forward in evaluation mode should leave them alone. Where it does not, its values hang on more than one prompt: rotary
     tables with `dynamic` or `longrope` scaling are computed for the widest row of a batch, and some are kept for the batches
-    after it (https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py).
+    after it (https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py); Reformer settles
+    its number of buckets by its first long prompt.
     In training mode nothing is watched: there a forward is meant to change the statistics of norms.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._kept = [_Kept.of(module) for module in _keepers(model) if not module.training]
+        self._kept = [_Kept.of(module) for module in model.modules() if module._buffers and not module.training]
         # Every table and where it should stand, in one list, because it is gone through after every forward.
         self._places = [(kept.module._buffers, name, table) for kept in self._kept for name, table in kept.tables.items()]
 
     def restored(self) -> bool:
         """Give back what forwards changed; whether they had changed anything."""
-        if all(buffers.get(name) is table.buffer and table.untouched for buffers, name, table in self._places):
+        unmoved = all(buffers.get(name) is table.buffer and table.untouched for buffers, name, table in self._places)
+        if unmoved and not any(kept.moved for kept in self._kept):
             return False
         changed = [kept.restored() for kept in self._kept]
         return any(changed)
-
-
-_KEEPERS: WeakKeyDictionary[nn.Module, list[ReferenceType[nn.Module]]] = WeakKeyDictionary()
-
-
-def _keepers(model: nn.Module) -> list[nn.Module]:
-    """The modules with buffers; looked for once, because a trace of a small model takes no longer than the search."""
-    if model not in _KEEPERS:
-        _KEEPERS[model] = [ref(module) for module in model.modules() if module._buffers]
-    return [module for reference in _KEEPERS[model] if (module := reference()) is not None]
 
 
 @dataclass
@@ -71,7 +63,7 @@ class _Table:
 
 @dataclass
 class _Kept:
-    """A module, its attributes and its tables."""
+    """A module, its tables, and its attributes beside those that torch keeps."""
 
     module: nn.Module
     attributes: dict[str, Any]
@@ -84,13 +76,20 @@ class _Kept:
             for name, buffer in module._buffers.items()
             if buffer is not None and buffer.numel() <= TABLE and buffer.device.type != "meta"
         }
-        return _Kept(module, dict(vars(module)), {name: _Table.of(buffer) for name, buffer in small.items()})
+        attributes = {name: value for name, value in vars(module).items() if name not in _OWN}
+        return _Kept(module, attributes, {name: _Table.of(buffer) for name, buffer in small.items()})
+
+    @property
+    def moved(self) -> bool:
+        """Whether an attribute is not what it was."""
+        now = vars(self.module)
+        return any(now.get(name) is not value for name, value in self.attributes.items())
 
     def restored(self) -> bool:
         buffers = self.module._buffers
         replaced = [name for name, table in self.tables.items() if buffers.get(name) is not table.buffer]
         written = [table.restored() for table in self.tables.values()]
-        if not replaced and not any(written):
+        if not replaced and not any(written) and not self.moved:
             return False
         vars(self.module).update(self.attributes)
         buffers.update({name: self.tables[name].buffer for name in replaced})

@@ -55,9 +55,16 @@ def test_the_same_values_written_again_are_no_change():
     module = Keeps().eval()
     state = State(module)
     module.table.fill_(1)
-    module.reach = 32
     assert not state.restored()
-    assert module.reach == 32
+
+
+def test_an_attribute_alone_is_given_back():
+    module = Keeps().eval()
+    state = State(nn.Sequential(module))
+    module.reach = 32
+    assert state.restored()
+    assert module.reach == 16
+    assert not state.restored()
 
 
 @pytest.mark.parametrize("module", [Keeps().train(), Keeps(TABLE + 1).eval()], ids=["training", "large"])

@@ -419,6 +419,30 @@ def test_the_last_call_is_the_last_of_this_forward():
         assert torch.equal(last, calls[-1])
 
 
+def test_calls_counted_on_a_short_prompt_say_nothing_of_a_longer_one():
+    model = wrap(BertModel(BertConfig(**SMALL, num_hidden_layers=1, chunk_size_feed_forward=4)).eval())
+    for ids in ([1, 2, 3, 4], [5, 6, 7, 8]):
+        with model.trace(ids):
+            kept = model.encoder.layer[0].intermediate.output.save()
+        assert kept.shape == (1, 4, 32)
+    with pytest.raises(AddressError, match="runs 2 times"), model.trace(IDS):
+        model.encoder.layer[0].intermediate.output.save()
+
+
+def test_a_trace_of_a_length_between_others_ends_at_the_last_saved_module(model, gpt2):
+    runs = []
+    watch = gpt2.transformer.ln_f.register_forward_hook(lambda *_: runs.append(1))
+    try:
+        ran = []
+        for tokens in (5, 3, 7, 4, 6, 5, 7):
+            with model.trace(IDS[:tokens]):
+                model.transformer.h[0].mlp.output.save()
+            ran.append(len(runs))
+    finally:
+        watch.remove()
+    assert ran == [1, 2, 3, 3, 3, 3, 3]
+
+
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # transformers' of its own code
 def test_a_cache_that_is_passed_is_filled_in_every_layer():
     module = build("llama")

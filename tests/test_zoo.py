@@ -23,6 +23,7 @@ product of more rows. Integers are equal: no router changed its mind. DeBERTa an
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,7 +35,7 @@ from needs import need_model
 from test_values import SELECTIONS, TEXTS, assert_padded, made, random_ids
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-from zoo import DEVICE, FAMILIES, Toy
+from zoo import DEVICE, FAMILIES, Family, Toy
 
 import actdump
 from actdump import engine, job
@@ -473,25 +474,35 @@ def test_an_integer_that_stays_the_same_does_not_hide_that_a_mask_is_needed():
     assert found.sites
 
 
-# ------------------------------------------------------------------------------------------------- tables that forwards change
+# --------------------------------------------------------------------------------------------------- what a model keeps of a prompt
 
-SCALED = {
-    "dynamic": ({"max_position_embeddings": 16}, {"rope_type": "dynamic", "factor": 4.0}),
-    "longrope": ({}, {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [3.0, 5.0, 7.0, 9.0]}),
+
+def _scaled(rotary, **sizes):
+    rotary = {**rotary, "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    return replace(FAMILIES["llama"], config=FAMILIES["llama"].config | sizes | {"rope_parameters": rotary})
+
+
+KEEPING = {
+    # Rotary tables are computed for the longest prompt of a batch, beyond 16 tokens, and `dynamic` keeps them for the batches after it.
+    "dynamic": (_scaled({"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=16), "model.layers.1"),
+    "longrope": (_scaled({"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0, 1.5, 2.0, 2.5],
+                          "long_factor": [3.0, 5.0, 7.0, 9.0]}), "model.layers.1"),
+    # The number of buckets is settled by the first prompt of more than one chunk, in an attribute that is no tensor.
+    "buckets": (Family("Reformer", {"hidden_size": 16, "attention_head_size": 8, "num_attention_heads": 2, "feed_forward_size": 24,
+                                    "is_decoder": True, "axial_pos_embds": False, "attn_layers": ["lsh"], "num_hidden_layers": 1,
+                                    "lsh_attn_chunk_length": 8, "hash_seed": 1, "max_position_embeddings": 128}, "reformer"),
+                "reformer"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("scaling", SCALED)
+@pytest.mark.parametrize("what", KEEPING)
 @pytest.mark.parametrize("front", ["run", "trace of several", "trace of one"])
-def test_rotary_tables_of_the_widest_row_reach_no_other_prompt(scaling, front, tmp_path):
-    """They are computed for the longest prompt of a batch, beyond 16 tokens, and `dynamic` keeps them for the batches after it."""
-    sizes, rotary = SCALED[scaling]
-    rotary = {**rotary, "rope_theta": 1e4, "original_max_position_embeddings": 16}
-    family = replace(FAMILIES["llama"], config=FAMILIES["llama"].config | sizes | {"rope_parameters": rotary})
-    place = Place("model.layers.1", "output")
+def test_what_a_model_keeps_of_a_prompt_reaches_no_other(what, front, tmp_path):
+    family, module = KEEPING[what]
+    place = Place(module, "output")
     prompts = sorted(random_ids(vocabulary=60), key=len, reverse=True)
     if front == "run":
-        spec = {"model": {"config": family.settings, "seed": 0}, "tokenizer": {"max_length": 64}}
+        spec = {"model": {"config": family.settings, "seed": 0, "task": family.task}, "tokenizer": {"max_length": 64}}
         rows = [{"input_ids": ids} for ids in prompts]
         dump = made(
             tmp_path / "out", **spec, prompts=rows, save=[place.address], audit=len(rows)
@@ -501,17 +512,18 @@ def test_rotary_tables_of_the_widest_row_reach_no_other_prompt(scaling, front, t
         assert dump.manifest.statistics[place.address].rows == dump.manifest.tokens
         assert dump.manifest.statistics[place.address].largest == max(value.abs().max() for value in found)
     else:
-        found = traced(actdump.wrap(family.build()), prompts, at_once=front == "trace of several")
+        found = traced(actdump.wrap(family.build()), module, prompts, at_once=front == "trace of several")
     expected = [value_at(forward(family.build(), ids), place) for ids in prompts]  # a fresh model for each
     for value, alone in zip(found, expected, strict=True):
         assert errors(value, alone, 1).max() < TOLERANCE
 
 
-def traced(model, prompts, *, at_once):
+def traced(model, module, prompts, *, at_once):
     found = []
     for given in [prompts] if at_once else prompts:
         with torch.no_grad(), model.trace(given):
-            saved = model.model.layers[1].output.save()
+            place = reduce(lambda at, step: at[int(step)] if step.isdigit() else getattr(at, step), module.split("."), model)
+            saved = place.output.save()
         found += [value.cpu() for value in (saved.value if at_once else [saved.value])]
     return found
 

@@ -111,9 +111,9 @@ class Model(Reference):
         with more axes, or positional arguments of a module that takes no token ids.
 
         The gradient mode in force at the end of the block decides whether saved values have a `grad_fn`. The first trace of
-        an address runs the model to its end, to count the calls of its module; later ones (for the model's own arguments:
-        with the same shapes and numbers) stop after the last saved module. The first trace of an address with several prompts
-        probes it with tiny forwards.
+        an address runs the model to its end, to count the calls of its module, and so does one of a shorter or a longer prompt
+        than all before it; others (of the model's own arguments: those with the same shapes and numbers) stop after the last
+        saved module. The first trace of an address with several prompts probes it with tiny forwards.
 
         Raises:
             UsageError: an empty prompt, no input, or a string without a tokenizer.

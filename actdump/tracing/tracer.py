@@ -26,29 +26,31 @@ class Traced:
 
     Attributes:
         open: the block that is open, if one is.
-        calls: how often a module ran in a forward on that kind of input, once counted.
+        calls: how often a module ran in forwards on that kind of input, once counted, by the number of tokens.
         probed: sites with their axes, and how to run the model for them, by address, call and kind of arithmetic.
     """
 
     module: nn.Module
     tokenizer: Any = None
     open: "Tracer | None" = None
-    calls: dict[tuple[object, ...], int] = field(default_factory=dict)
+    calls: dict[tuple[object, ...], dict[int, int]] = field(default_factory=dict)
     probed: dict[tuple[object, ...], tuple[Site, Feed]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Forward:
-    """The arguments of one forward. Forwards of one kind are taken to run the same modules equally often.
+    """The arguments of one forward. Forwards of one kind, on as many tokens, are taken to run the same modules equally often.
 
     Attributes:
         kind: `None` where the forward is to run to its end, because it may write into its arguments, such as a cache.
+        tokens: of a prompt; the kind of the model's own arguments says all.
         state: what the model gets back after a prompt; its own arguments may change it for good.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     kind: object
+    tokens: int = 0
     state: State | None = None
 
 
@@ -75,7 +77,7 @@ def work(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Forw
     if isinstance(given, list | tuple) and not all(isinstance(entry, int) for entry in given):
         return [_ids(traced, feed, prompt, f"prompt {number}") for number, prompt in enumerate(given)]
     ids = torch.tensor([_ids(traced, feed, given, "the prompt")], device="cpu")
-    return _Forward((), feed.arguments(ids, None), "prompt", feed.state)
+    return _Forward((), feed.arguments(ids, None), "prompt", ids.numel(), feed.state)
 
 
 def _own(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Forward:
@@ -142,16 +144,26 @@ class Tracer:
 def _run_whole(traced: Traced, forward: _Forward, taps: Sequence[Tap]) -> list[Any]:
     """The values as the modules hold them, of one forward."""
     sites = bind(traced.module, taps)
-    keys = [(tap.address.module, forward.kind) for tap in taps]
-    known = traced.calls if forward.kind is not None else {}
-    counted = [replace(site, calls=known.get(key)) for site, key in zip(sites, keys, strict=True)]
+    counts = [traced.calls.setdefault((tap.address.module, forward.kind), {}) for tap in taps]
+    known = [_calls(each, forward.tokens) if forward.kind is not None else None for each in counts]
+    counted = [replace(site, calls=calls) for site, calls in zip(sites, known, strict=True)]
     try:
-        kept, calls = capture_whole(traced.module, counted, forward.args, forward.kwargs)
+        kept, seen = capture_whole(traced.module, counted, forward.args, forward.kwargs)
     finally:
         if forward.state is not None:
             forward.state.restored()
-    traced.calls.update(zip(keys, calls, strict=True))
+    for each, before, calls in zip(counts, known, seen, strict=True):
+        if calls != before:
+            each[forward.tokens] = calls
     return kept
+
+
+def _calls(counts: Mapping[int, int], tokens: int) -> int | None:
+    """How often a module runs for so many tokens, if it does as often for no more and for no fewer; some work through them piece by piece."""
+    fewer, more = [each for each in counts if each <= tokens], [each for each in counts if each >= tokens]
+    if not fewer or not more or counts[max(fewer)] != counts[min(more)]:
+        return None
+    return counts[max(fewer)]
 
 
 def _run_each(traced: Traced, prompts: _Prompts, taps: Sequence[Tap]) -> list[list[Tensor]]:
