@@ -280,7 +280,7 @@ def _slice(text: str, found: re.Match[str], position: int) -> Slice:
 
 
 def expand(address: Address, root: Tree) -> list[Address]:
-    """The resolved addresses that an address stands for in a model, in the model's order.
+    """The resolved addresses that an address stands for in a model; those of a slice in its order.
 
     Entries of lists come out as non-negative numbers in brackets, however they were written.
 

@@ -63,7 +63,7 @@ def _quitting(stopped: int = Stopped.code, log_json: bool = False, signals: Stop
     except KeyboardInterrupt:
         _quit("interrupted" if signals is None else "interrupted; the same command goes on", 130)
     except OSError as error:  # where no path was ours to word: a name that is too long, a full disk behind stdout
-        _quit(f"{error.filename or 'the output'}: {error.strerror}", StorageError.code)
+        _quit(f"{error.filename or 'the output'}: {error.strerror or error}", StorageError.code)
 
 
 def _quit(message: str, code: int) -> NoReturn:

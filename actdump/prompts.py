@@ -1,7 +1,6 @@
 """Where prompts come from: a list in the spec, a .txt or .jsonl file, or standard input; read one by one, never whole."""
 
 import json
-import sys
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ def read(spec: PromptsSpec, stdin: Path | None = None) -> Iterator[Prompt]:
     """The prompts in order.
 
     Args:
-        stdin: a file with what standard input held, where the spec names `-` and it was kept.
+        stdin: a file with what standard input held, where the spec names `-`.
 
     Raises:
         MissingError: the file is not there.
@@ -71,15 +70,11 @@ def _rows(spec: PromptsSpec, stdin: Path | None) -> Iterator[tuple[_Found, str]]
         return
     json_lines = spec.kind == "jsonl"  # asked once, not for each of a million lines
     for line, where in _lines(str(spec.file), stdin):
-        yield (_json_row(line, where, spec) if json_lines else _text_row(line, where)), where
+        yield (_json_row(line, where, spec) if json_lines else _checked({"text": line}, where)), where
 
 
 def _lines(name: str, stdin: Path | None) -> Iterator[tuple[str, str]]:
-    shown = "standard input" if name == "-" else name
-    if name == "-" and stdin is None:
-        yield from _decoded(sys.stdin.buffer, shown)
-        return
-    path = stdin if name == "-" and stdin is not None else Path(name).expanduser()
+    path = Path(name).expanduser() if stdin is None else stdin
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -87,7 +82,7 @@ def _lines(name: str, stdin: Path | None) -> Iterator[tuple[str, str]]:
     except IsADirectoryError:
         raise MissingError(f"prompts: `{name}` is a folder, not a file") from None
     with file:
-        yield from _decoded(file, shown)
+        yield from _decoded(file, name if stdin is None else "standard input")
 
 
 def _decoded(file: Any, name: str) -> Iterator[tuple[str, str]]:
@@ -107,10 +102,6 @@ def _no_number(name: str) -> NoReturn:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_number)
-
-
-def _text_row(line: str, where: str) -> _Found:
-    return _Found(None, line, {}) if line.strip() else _checked({"text": line}, where)
 
 
 def _json_row(line: str, where: str, spec: PromptsSpec) -> _Found:
@@ -134,7 +125,7 @@ def _json_row(line: str, where: str, spec: PromptsSpec) -> _Found:
             raise SpecError(f"{where}: there is no field `{spec.id}`, which `prompts.id` names")
         dropped = {"id", spec.id} - (_CONTENT if spec.text != "text" else set())
         value = {"id": given[spec.id], **{key: entry for key, entry in value.items() if key not in dropped}}
-    found = _plain(value) if _is_plain(value, line) else _checked(value, where)
+    found = _checked(value, where)
     return found._replace(fields={**found.fields, **aside}) if aside else found
 
 
@@ -143,28 +134,6 @@ def _freed(spec: PromptsSpec) -> set[str]:
     content = _CONTENT if spec.text != "text" else set()
     name = {"id"} if spec.id != "id" else set()
     return (content | name) - {spec.text, spec.id}
-
-
-def _is_plain(value: Mapping[str, Any], line: str) -> bool:
-    """Whether a row is text with an id or none, as most are, so that the model of a row would find nothing wrong with it.
-
-    An escaped half of a character (`\\ud83d`) can stand alone, and is no text then; the model knows.
-    """
-    text, id = value.get("text"), value.get("id")
-    return (
-        type(text) is str
-        and bool(text.strip())
-        and (id is None or type(id) is int or (type(id) is str and id != ""))
-        and "messages" not in value
-        and "input_ids" not in value
-        and "\\ud" not in line
-        and "\\uD" not in line
-    )
-
-
-def _plain(value: dict[str, Any]) -> _Found:
-    text, id = value.pop("text"), value.pop("id", None)
-    return _Found(None if id is None else str(id), text, value)
 
 
 def _renamed_text(value: dict[str, Any], where: str, name: str) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, SupportsIndex, overload
 
 from actdump.errors import DataError, MissingError, UsageError, did_you_mean
 from actdump.format import OFFSETS, TOKENS, Folder, Manifest, Shard, manifest_from_json
@@ -95,6 +96,10 @@ class Dump:
     def __len__(self) -> int:
         return self.manifest.prompts
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process, as of a data loader, which maps the shards for itself."""
+        return Dump, (self.folder, self.manifest)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
@@ -151,11 +156,12 @@ class OpenShard:
         return self.rows(name, offsets[place], offsets[place + 1])
 
 
-def _number(key: int | str, dump: Dump) -> int:
+def _number(key: SupportsIndex | str, dump: Dump) -> int:
     if isinstance(key, str):
         return dump.prompts.number(key)
-    if not isinstance(key, int):
+    if not isinstance(key, SupportsIndex):
         raise TypeError(f"prompts are taken by a number, an id or a slice, not by {type(key).__name__}")
+    key = index(key)
     if not -len(dump) <= key < len(dump):
         raise IndexError(f"there is no prompt {key}; the dump has {len(dump)}")
     return key % len(dump)
@@ -172,12 +178,12 @@ class Values:
         return len(self.dump)
 
     @overload
-    def __getitem__(self, key: int | str) -> "torch.Tensor": ...
+    def __getitem__(self, key: SupportsIndex | str) -> "torch.Tensor": ...
 
     @overload
     def __getitem__(self, key: slice) -> "list[torch.Tensor]": ...
 
-    def __getitem__(self, key: int | str | slice) -> "torch.Tensor | list[torch.Tensor]":
+    def __getitem__(self, key: SupportsIndex | str | slice) -> "torch.Tensor | list[torch.Tensor]":
         """The value of a prompt by number or id, or a list of them for a slice.
 
         Raises:
@@ -225,16 +231,17 @@ class Rows:
         return (len(self), *self.column.layout.row)
 
     @overload
-    def __getitem__(self, key: int) -> "torch.Tensor": ...
+    def __getitem__(self, key: SupportsIndex) -> "torch.Tensor": ...
 
     @overload
     def __getitem__(self, key: slice) -> "torch.Tensor": ...
 
-    def __getitem__(self, key: int | slice) -> "torch.Tensor":
+    def __getitem__(self, key: SupportsIndex | slice) -> "torch.Tensor":
         """One row, or a range of rows as one tensor."""
         import torch
 
-        if isinstance(key, int):
+        if isinstance(key, SupportsIndex):
+            key = index(key)
             if not -len(self) <= key < len(self):
                 raise IndexError(f"there is no row {key}; the tap has {len(self)}")
             return self[key % len(self) : key % len(self) + 1][0]
@@ -317,7 +324,7 @@ class Prompts:
             raise UsageError(f"there is no prompt with the id `{id}`{did_you_mean(id, self.numbers)}")
         return self.numbers[id]
 
-    def __getitem__(self, key: int | str) -> PromptRecord:
+    def __getitem__(self, key: SupportsIndex | str) -> PromptRecord:
         number = _number(key, self.dump)
         with self._file() as file:
             file.seek(self._places[number])

@@ -24,7 +24,7 @@ from actdump import model as models
 from actdump.address import parse
 from actdump.cli import app
 from actdump.engine import site
-from actdump.errors import DataError, Stopped
+from actdump.errors import ActdumpError, DataError, Stopped
 from actdump.inputs import sha256
 from actdump.job import capturing
 from actdump.job.watching import Silent
@@ -622,6 +622,22 @@ def test_what_a_model_raises_in_an_audit_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("actdump.audit.alone._forward", forward)
     said = audited(tmp_path / "out", code=65)
     assert re.search(r"error: the audit: prompt \d of \d+ tokens does not run alone, .*: ValueError: three is a crowd", said)
+
+
+def test_memory_that_an_audit_lacks_says_nothing_of_the_values(tmp_path, monkeypatch):
+    job.run(spec(), tmp_path / "out")
+
+    def forward(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. See the documentation. And so on")
+
+    monkeypatch.setattr("actdump.audit.alone._forward", forward)
+    said = audited(tmp_path / "out", code=1)
+    assert "error: the audit: out of memory: CUDA out of memory. Tried to allocate 2 GiB; use a machine or a device" in said
+    with pytest.raises(
+        ActdumpError, match=r"the audit: out of memory: .*; the parts are done, so `--set audit=0` seals"
+    ) as error:
+        job.run(spec(), tmp_path / "another")
+    assert error.value.code == 1
 
 
 def test_show_tells_of_the_audit(tmp_path):

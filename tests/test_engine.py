@@ -355,7 +355,7 @@ def test_a_model_that_cannot_run_on_ids_is_named_by_the_probe():
     "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
 def test_memory_that_runs_out_in_the_probe_is_told_as_such(error):
-    with pytest.raises(ActdumpError, match="out of memory in a forward of 7 tokens") as told:
+    with pytest.raises(ActdumpError, match="a forward of 7 tokens: out of memory") as told:
         probed(Toy(broken(error)), [tap("embed.output")])
     assert told.value.code == 1
 

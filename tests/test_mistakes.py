@@ -211,6 +211,11 @@ def test_a_spec_that_is_a_folder() -> None:
         ("save.7=transformer.wte.output", ["--set save.7", "`save` has 1 entries, from 0"]),
         ("output.name=x", ["--set output.name=x"]),
         ("dtype=float12", ["--set dtype", "float16"]),
+        ("batch.tokens=0", ["--set batch.tokens: batch.tokens: must be 1 or more"]),
+        ("batch.tokens=fast", ["--set batch.tokens: batch.tokens: must be a whole number, or auto"]),
+        ("model={config: {n_layer: 2, n_layer: 3}}", ["--set model=", "`n_layer` is given twice"]),
+        ("save.h=&a [*a]", ["--set save.h=&a [*a]: an alias stands within what it names"]),
+        ("model.config.n_head=0", ["spec.yaml:1: model: `config` cannot be loaded: ZeroDivisionError: integer division"]),
         ("modle.dtype=float32", ["--set modle.dtype: unknown key `modle`", "did you mean `model`?"]),
         ("shard.most.tokens=4", ["--set shard.most.tokens: unknown key `shard.most`"]),
         ("prompts.file=p.txt", ["spec.yaml:2, --set prompts.file: prompts: needs a list of prompts or `file`, not both"]),
@@ -235,6 +240,10 @@ def test_a_wrong_override_is_named(override: str, words: list[str]) -> None:
         (GOOD + "? [a, b]\n: 3\n", ["spec.yaml:8: not YAML: a key that is a list or a mapping"]),
         (GOOD + "<<: 3\n", ["spec.yaml:8: not YAML: expected a mapping"]),
         (GOOD + "dtype: 0b_\n", ["spec.yaml:8: dtype: `0b_` is not one of"]),
+        (
+            GOOD.replace("save:\n  - transformer", "save: &a\n  - *a\n  - transformer"),
+            ["spec.yaml: an alias stands within what it names"],
+        ),
         ("The tower\nin the city\n", ["spec.yaml:1: a spec is a mapping with model, prompts, save and output, not text"]),
     ],
 )

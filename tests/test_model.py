@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,12 +31,12 @@ from transformers import (
     T5EncoderModel,
 )
 
-from actdump import model
+from actdump import job, model
 from actdump.errors import ActdumpError, MissingError, SpecError, UsageError
 from actdump.model import hub, tokenizer
 from actdump.model.source import CLASSES, _default_task
 from actdump.prompts import Prompt
-from actdump.spec import ModelSpec, Task, TokenizerSpec
+from actdump.spec import ModelSpec, Spec, Task, TokenizerSpec
 
 GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 100, "n_positions": 64}
 BERT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 100}
@@ -118,6 +121,55 @@ def test_the_skeleton_has_all_modules_and_no_weights(source: model.Source) -> No
     skeleton, full = model.skeleton(source), model.load(source)
     assert [name for name, _ in skeleton.named_modules()] == [name for name, _ in full.named_modules()]
     assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
+
+
+NEEDS_VALUES = """
+import torch
+from transformers import GPT2Model
+
+class Rated(GPT2Model):
+    def __init__(self, config):
+        super().__init__(config)
+        self.rates = [rate.item() for rate in torch.linspace(0, 1, 3)]
+"""
+
+
+def test_a_class_that_cannot_be_made_without_weights_is_looked_at_with_them(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (tmp_path / "rated").mkdir()
+    (tmp_path / "rated/code.py").write_text(NEEDS_VALUES)
+    config = GPT2 | {"auto_map": {"AutoModel": "code.Rated"}, "architectures": ["Rated"]}
+    (tmp_path / "rated/config.json").write_text(json.dumps(config))
+    given = {"config": str(tmp_path / "rated"), "trust_remote_code": True, "task": "base"}
+    spec = Spec.model_validate({"model": given, "prompts": [{"input_ids": [1, 2]}], "save": ["h[0].output"]})
+    found = job.forecast(spec)
+    assert found.weighed
+    assert [column.layout.words for column in found.plan.columns] == ["(tokens, 32)"]
+    assert ("h[0]", "GPT2Block", "(batch, token, 32)") in [module[1:] for module in job.modules(spec.model)]
+
+
+ENDLESS = """
+import contextlib, pathlib
+from torch import nn
+from actdump.model import loading
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+nn.functional.linear = interrupted
+pathlib.Path.read_text = lambda _: "amx_bf16"
+pathlib.Path.exists = lambda _: True
+with contextlib.suppress(KeyboardInterrupt):
+    loading.avoid_faulty_amx()
+print("goes on", flush=True)
+"""
+
+
+def test_the_child_that_tries_a_cpu_never_goes_on_with_the_program() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
+    done = subprocess.run([sys.executable, "-c", ENDLESS], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "goes on\n"
+    assert done.returncode == 0
 
 
 def test_another_task_warns_of_random_weights(tmp_path: Path, caplog) -> None:

@@ -1,9 +1,7 @@
 """Where prompts come from: each form, ids and fields, and that nothing is read before it is needed."""
 
-import io
 import json
 import os
-import sys
 import threading
 from itertools import islice
 from pathlib import Path
@@ -82,14 +80,12 @@ def test_a_field_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) 
         from_file(tmp_path / "p.jsonl", '{"text": "x"}\n', id="key")
 
 
-def test_standard_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
-    found = list(read(PromptsSpec(file="-", format="txt")))
+def test_standard_input_is_called_so_wherever_it_was_kept(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("one\ntwo\n")
+    found = list(read(PromptsSpec(file="-", format="txt"), kept))
     assert [prompt.content for prompt in found] == ["one", "two"]
     assert found[1].where == "standard input:2"
-    kept = tmp_path / "kept"
-    kept.write_text('"three"\n')
-    assert next(read(PromptsSpec(file="-", format="jsonl"), kept)).where == "standard input:1"
 
 
 def test_a_limit_takes_the_first(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Reading a dump: names, prompts, rows across shards, and faults that are found."""
 
 import os
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from needs import need_model
@@ -108,6 +110,10 @@ def test_values_by_number_id_and_slice(dump):
     assert torch.equal(values["id 4"], values[4])
     for cut in (slice(1, 5), slice(None, None, 2), slice(-2, None), slice(None, None, -1), slice(5, 2)):
         assert [value.tolist() for value in values[cut]] == [values[number].tolist() for number in range(7)[cut]]
+    for number in (np.int64(2), torch.tensor(2)):
+        assert torch.equal(values[number], values[2])
+        assert torch.equal(values.rows[number], values.rows[2])
+        assert dump.prompts[number] == dump.prompts[2]
     assert values[0].dtype == torch.float32
     assert "last block" in repr(values)
     assert "tokens, 16" in repr(values)
@@ -191,6 +197,14 @@ def test_attention_weights_come_back_in_their_shape(dump):
         torch.testing.assert_close(weights.sum(-1), torch.ones(4, length))
         assert torch.equal(weights, weights.tril())
     assert dump["weights"].rows.shape == (sum(4 * length**2 for length in LENGTHS),)
+
+
+def test_a_dump_that_was_read_goes_to_other_processes(dump):
+    """As to those of a data loader."""
+    values = dump["last block"]
+    first = values[0]
+    assert torch.equal(pickle.loads(pickle.dumps(values))[0], first)
+    assert pickle.loads(pickle.dumps(dump)).prompts[3] == dump.prompts[3]
 
 
 def test_reading_is_lazy(dump):

@@ -267,8 +267,19 @@ def test_a_reference_is_its_module(model, gpt2):
     assert len(model.transformer.h) == 3 and bool(model.transformer.drop)
     assert [repr(block) for block in model.transformer.h] == [repr(block) for block in gpt2.transformer.h]
     assert hasattr(model, "transformer") and not hasattr(model, "transfromer")
+    assert not hasattr(model.transformer, "output") and getattr(model.transformer.wte, "input", None) is None  # outside a block
     assert {"trace", "transformer", "output", "config"} <= set(dir(model))
     torch.testing.assert_close(model(torch.tensor([IDS])).logits, gpt2(torch.tensor([IDS])).logits)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_model_can_be_copied(copied):
+    model = wrap(nn.Sequential(nn.Linear(2, 2)))
+    other = copied(model)
+    for each in (model, other):
+        with each.trace(torch.ones(1, 2)):
+            kept = each[0].output.save()
+        same(kept.value, model(torch.ones(1, 2)))
 
 
 def test_references_made_before_the_block_work_inside_it(model, gpt2):

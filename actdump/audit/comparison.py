@@ -1,8 +1,8 @@
 """The audit: prompts run alone, compared with what the files of a dump hold."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import inf
 from time import monotonic
 from typing import Any
@@ -14,8 +14,9 @@ from actdump.audit import alone
 from actdump.audit.alone import Alone, Noise, Place
 from actdump.audit.choice import Choice
 from actdump.audit.limits import errors, limit
-from actdump.errors import ActdumpError, DataError
+from actdump.errors import DataError
 from actdump.format import TOKENS
+from actdump.memory import reworded
 from actdump.reader import Dump, Values
 
 # The second look: how far does the model itself move a token when each leaf's output is disturbed by so many spacings of its dtype?
@@ -141,7 +142,7 @@ def _compare(
     """Run one prompt alone, and class each of its tokens at every tap."""
     check_stop()
     places = [tally.place for tally in tallies]
-    with _told(number, len(ids)):
+    with reworded(partial(_not_alone, number, len(ids))):
         plain = alone.run(model, places, ids, witness=witness)
     doubtful: dict[int, Tensor] = {}
     dtypes = {parameter.dtype for parameter in model.parameters()}
@@ -163,18 +164,11 @@ def _compare(
         _class(dump, tallies[at], number, len(ids), doubtful[at], moves)
 
 
-@contextmanager
-def _told(number: int, tokens: int) -> Iterator[None]:
-    """Word what a model's code raises in a forward, which can be anything."""
-    try:
-        yield
-    except ActdumpError:
-        raise
-    except Exception as error:  # told in full, and chained
-        raise DataError(
-            f"the audit: prompt {number} of {tokens:,} tokens does not run alone, under plain hooks: {type(error).__name__}: {error}; "
-            "`audit: 0` keeps the dump without it"
-        ) from error
+def _not_alone(number: int, tokens: int, error: Exception) -> DataError:
+    return DataError(
+        f"the audit: prompt {number} of {tokens:,} tokens does not run alone, under plain hooks: {type(error).__name__}: {error}; "
+        "`audit: 0` keeps the dump without it"
+    )
 
 
 def _unsteady(

@@ -11,6 +11,7 @@ from actdump.audit.choice import Choice, choose
 from actdump.audit.comparison import Audit, compare
 from actdump.errors import DataError, MissingError, UsageError
 from actdump.format import Manifest
+from actdump.memory import memory_for
 from actdump.plan import Plan
 from actdump.reader import Dump
 from actdump.spec import ModelSpec
@@ -33,6 +34,7 @@ def finished(path: Path, count: int, *, place: str | None = None, step: Callable
         MissingError: there is no finished dump, or its model is not there.
         UsageError: the dump's model has no place.
         DataError: a shard's bytes changed, the model is another one, or values are wrong.
+        ActdumpError: memory ran out.
     """
     dump = reader.open_dump(path)
     plan = _plan(dump)
@@ -51,7 +53,8 @@ def finished(path: Path, count: int, *, place: str | None = None, step: Callable
     if (kind := type(module).__name__) != made:
         raise DataError(f"model: `{spec.source}` is a {kind}, and the dump was made from a {made}")
     step("auditing")
-    found = compare(dump, module, choice)
+    with memory_for("the audit", "use a machine or a device with more"):
+        found = compare(dump, module, choice)
     if found.faults:
         raise DataError(f"{found.told}\n{path}: {_verdict(dump.manifest, module)}")
     return found

@@ -133,14 +133,14 @@ def which_call(site: Site, calls: int, again: int) -> int:
     return call % calls
 
 
-def described(value: Any, axes: Callable[[Tensor], str] | None = None) -> str:
+def described(value: Any) -> str:
     """A value in words: `a tensor (1, 7, 32)`, `a tuple of 2 (a tensor (1, 7, 32), None)`."""
     if isinstance(value, Tensor):
-        return "a tensor " + (axes(value) if axes else str(tuple(value.shape)))
+        return f"a tensor {tuple(value.shape)}"
     if isinstance(value, Mapping):
-        return f"a {type(value).__name__} of " + ", ".join(f"{key}: {described(entry, axes)}" for key, entry in value.items())
+        return f"a {type(value).__name__} of " + ", ".join(f"{key}: {described(entry)}" for key, entry in value.items())
     if isinstance(value, tuple | list):
-        inside = ", ".join(described(entry, axes) for entry in value)
+        inside = ", ".join(described(entry) for entry in value)
         return f"a {type(value).__name__} of {len(value)} ({inside})"
     return "None" if value is None else f"a {type(value).__name__}"
 

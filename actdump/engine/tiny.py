@@ -1,7 +1,7 @@
 """Tiny forwards: a few made-up tokens through a model, and what ports hold of them."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from actdump.address import parse
 from actdump.engine.axes import ALONE, TOGETHER
 from actdump.engine.hooks import Stop, copied, hooked
 from actdump.engine.site import Feed, Site, bind
-from actdump.errors import ActdumpError, UsageError
-from actdump.memory import out_of_memory
+from actdump.errors import UsageError
+from actdump.memory import memory_for, reworded
 from actdump.tap import Tap
 
 # The row of TOGETHER that begins with the prompt of ALONE: not the first, the last or the middle one, so that a stray [0] or
@@ -61,7 +61,10 @@ def observe(
             if not missing:
                 raise Stop
 
-    with torch.no_grad(), hooked(sites, keep), _told(model, ids.numel()):
+    scarce = memory_for(
+        f"a forward of {ids.numel()} tokens", "use a narrower `model.dtype`, `device_map: auto`, or `device: cpu`"
+    )
+    with torch.no_grad(), hooked(sites, keep), scarce, reworded(partial(_unfit, model)):
         try:
             model(**feed.arguments(ids, mask))
         except Stop:
@@ -71,24 +74,12 @@ def observe(
     return seen
 
 
-@contextmanager
-def _told(model: nn.Module, tokens: int) -> Iterator[None]:
-    """Word what a model's code raises in a forward of so many tokens, which can be anything."""
-    try:
-        yield
-    except ActdumpError:
-        raise
-    except Exception as error:  # told in full, and chained
-        if out_of_memory(error):
-            raise ActdumpError(
-                f"out of memory in a forward of {tokens} tokens: {error}; use a narrower `model.dtype`, "
-                "`device_map: auto`, or `device: cpu`"
-            ) from error
-        whole = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        hint = "; `model.task: text-encoding` loads the encoder alone, of families that have one by itself, as T5"
-        raise UsageError(
-            f"{type(model).__name__} does not run on token ids alone: {type(error).__name__}: {error}{hint if whole else ''}"
-        ) from error
+def _unfit(model: nn.Module, error: Exception) -> UsageError:
+    whole = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    hint = "; `model.task: text-encoding` loads the encoder alone, of families that have one by itself, as T5"
+    return UsageError(
+        f"{type(model).__name__} does not run on token ids alone: {type(error).__name__}: {error}{hint if whole else ''}"
+    )
 
 
 def outputs(model: nn.Module) -> list[Site]:

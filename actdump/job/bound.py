@@ -52,10 +52,9 @@ def bind(spec: Spec, source: "Source", module: "nn.Module") -> Bound:
     """
     from actdump import engine
 
-    sites = engine.bind(module, [entry.tap for entry in spec.save], named=[entry.name is not None for entry in spec.save])
     probe = engine.probe(
         module,
-        sites,
+        _sites(spec, module),
         engine.feed_for(module),
         tokens=spec.selection,
         dtype=spec.dtype,
@@ -66,13 +65,24 @@ def bind(spec: Spec, source: "Source", module: "nn.Module") -> Bound:
 
 def bind_early(spec: Spec, source: "Source") -> None:
     """Find wrong addresses before the weights are loaded, where the model class can be made without them."""
-    from actdump import engine, model
+    if (skeleton := _skeleton(source)) is not None:
+        _sites(spec, skeleton)
+
+
+def _sites(spec: Spec, module: "nn.Module") -> "list[Site]":
+    from actdump import engine
+
+    return engine.bind(module, [entry.tap for entry in spec.save], named=[entry.name is not None for entry in spec.save])
+
+
+def _skeleton(source: "Source") -> "nn.Module | None":
+    """The model without its weights; `None` where its class cannot be made so, and loading it will say what is wrong, if anything is."""
+    from actdump import model
 
     try:
-        skeleton = model.skeleton(source)
+        return model.skeleton(source)
     except UsageError:
-        return  # loading will say what is wrong, if anything is
-    engine.bind(skeleton, [entry.tap for entry in spec.save], named=[entry.name is not None for entry in spec.save])
+        return None
 
 
 def survey(spec: Spec, *, watcher: Watcher | None = None) -> tuple[Bound, bool]:
@@ -81,19 +91,18 @@ def survey(spec: Spec, *, watcher: Watcher | None = None) -> tuple[Bound, bool]:
     Returns:
         What was bound, and whether weights were needed.
     """
-    from actdump import engine, model
+    from actdump import model
 
-    watcher = watcher or Silent()
     source = model.find(spec.model)
-    skeleton = model.skeleton(source)
-    engine.bind(skeleton, [entry.tap for entry in spec.save], named=[entry.name is not None for entry in spec.save])
-    try:
-        return bind(spec, source, skeleton), False
-    except UsageError as error:
-        if isinstance(error.__cause__, Exception):  # the model itself does not run on the meta device
-            watcher.step("loading the model, which cannot be probed without weights")
-            return bind(spec, source, model.load(source)), True
-        raise
+    if (skeleton := _skeleton(source)) is not None:
+        try:
+            return bind(spec, source, skeleton), False
+        except UsageError as error:
+            if not isinstance(error.__cause__, Exception):
+                raise
+            # the model itself does not run on the meta device
+    (watcher or Silent()).step("loading the model, which cannot be probed without weights")
+    return bind(spec, source, model.load(source)), True
 
 
 def modules(spec: ModelSpec, *, grep: str | None = None, depth: int | None = None) -> Iterator[tuple[int, str, str, str]]:
@@ -101,9 +110,9 @@ def modules(spec: ModelSpec, *, grep: str | None = None, depth: int | None = Non
     from actdump import engine, model
 
     source = model.find(spec)
-    skeleton = model.skeleton(source)
-    found = engine.outline(skeleton, engine.feed_for(skeleton))
-    if not any(output for _, _, output in found):  # this class does not run on the meta device
+    skeleton = _skeleton(source)
+    found = engine.outline(skeleton, engine.feed_for(skeleton)) if skeleton is not None else []
+    if not any(output for _, _, output in found):  # this class cannot be made, or does not run, on the meta device
         module = model.load(source)
         found = engine.outline(module, engine.feed_for(module))
     for path, kind, output in found:

@@ -2,21 +2,20 @@
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from actdump import store
-from actdump.errors import ActdumpError, DataError
+from actdump.errors import DataError
 from actdump.job.bound import Bound
 from actdump.job.lanes import Lanes
-from actdump.job.memory import Room, memory
+from actdump.job.memory import Room
 from actdump.job.provenance import now
 from actdump.job.sharing import shared_out
 from actdump.job.underway import Job
-from actdump.memory import out_of_memory
+from actdump.memory import memory_for, out_of_memory, reworded
 from actdump.plan import Batch, Plan, batches
 from actdump.statistics import Statistics, merged
 
@@ -127,7 +126,7 @@ class _Filling:
 
     def _complete_later(self, arrival: "_Arrival") -> None:
         """In the writer's threads, where a lack of memory is that of no batch, and halving one mends nothing."""
-        with memory("the rows on their way to the disk", "use a smaller `batch.tokens`"):
+        with memory_for("the rows on their way to the disk", "use a smaller `batch.tokens`"):
             arrival.complete(self._seen)
 
     def seal(self, place: int, claim: store.Lock, written: Mapping[str, Any]) -> None:
@@ -145,28 +144,19 @@ class _Filling:
 
         arrival = _Arrival(self.pending, batch, self._strict)
         sink = arrival.waiting.append if self._later else arrival.put
-        with _told(batch):
+        with reworded(partial(_stuck, batch)):  # memory that runs out is `Room`'s to mend
             whole = engine.stream(bound.module, bound.sites, bound.feed, batch, sink)
         if whole:
             return [arrival]
         return [piece for each in engine.evened(batch) for piece in self._captured(bound, each)]
 
 
-@contextmanager
-def _told(batch: Batch) -> Iterator[None]:
-    """Word what a model's code raises in a forward, which can be anything. Memory that runs out is `Room`'s to mend."""
-    try:
-        yield
-    except ActdumpError:
-        raise
-    except Exception as error:  # told in full, and chained
-        if out_of_memory(error):
-            raise
-        others = len(batch.numbers) - 1
-        beside = f" with {others} other{'s' * (others > 1)} beside it" if others else ""
-        raise DataError(
-            f"the model does not run on prompt {batch.numbers[0]} of {batch.lengths[0]:,} tokens{beside}: {type(error).__name__}: {error}"
-        ) from error
+def _stuck(batch: Batch, error: Exception) -> DataError:
+    others = len(batch.numbers) - 1
+    beside = f" with {others} other{'s' * (others > 1)} beside it" if others else ""
+    return DataError(
+        f"the model does not run on prompt {batch.numbers[0]} of {batch.lengths[0]:,} tokens{beside}: {type(error).__name__}: {error}"
+    )
 
 
 class _Arrival:

@@ -1,13 +1,12 @@
 """Memory that runs out: a batch that does not fit on the device is halved, and the run goes on."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING
 
 from actdump.errors import ActdumpError
-from actdump.memory import out_of_memory
+from actdump.memory import first_sentences, out_of_memory
 from actdump.plan import Batch
 
 if TYPE_CHECKING:
@@ -91,23 +90,8 @@ def _lacking(batch: Batch, do: Callable[[Batch], None]) -> str | None:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        return _short(error)
+        return first_sentences(error)
     return None
-
-
-@contextmanager
-def memory(doing: str, remedy: str) -> Iterator[None]:
-    """Word an error of memory that halving cannot mend.
-
-    Raises:
-        ActdumpError: memory ran out in the block.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise ActdumpError(f"{doing}: out of memory: {_short(error)}; {remedy}") from error
 
 
 def _free(device: "torch.device") -> None:
@@ -123,9 +107,3 @@ def _too_long(device: "torch.device", batch: Batch, lack: str) -> str:
         f"prompt {batch.numbers[0]} of {batch.lengths[0]:,} tokens does not fit into the memory of {device} even alone: "
         f"{lack}; use a device with more, a smaller `model.dtype`, or `tokenizer.max_length` with `truncation`"
     )
-
-
-def _short(error: BaseException) -> str:
-    """The first two sentences of an error; torch goes on with a page of advice."""
-    line = (str(error).strip() or type(error).__name__).partition("\n")[0]
-    return ". ".join(line.split(". ")[:2]).rstrip(".")

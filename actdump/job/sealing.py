@@ -10,9 +10,9 @@ from actdump import store
 from actdump.errors import DataError
 from actdump.format import Manifest
 from actdump.job.bound import Bound
-from actdump.job.memory import memory
 from actdump.job.provenance import now, placed
 from actdump.job.underway import Job
+from actdump.memory import memory_for
 from actdump.plan import Plan
 from actdump.reader import Dump
 
@@ -62,7 +62,7 @@ def _audited(job: Job, plan: Plan, bound: Bound, gathered: Manifest) -> dict[str
 
     job.watcher.step("auditing")
     dump = Dump(job.folder, gathered)
-    with memory("the audit", "the parts are done, so `--set audit=0` seals the dump without one"):
+    with memory_for("the audit", "the parts are done, so `--set audit=0` seals the dump without one"):
         found = audit.compare(dump, bound.module, audit.choose(dump, plan, job.spec.audit), job.check_stop)
     if found.faults:
         raise DataError(

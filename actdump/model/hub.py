@@ -15,8 +15,17 @@ from actdump.errors import ActdumpError, DataError, MissingError, UsageError, di
 from actdump.memory import out_of_memory
 from actdump.spec import ModelSpec
 
-# What transformers and torch raise where they do not load a model.
-_REFUSALS = (ValueError, TypeError, ImportError, KeyError, RuntimeError, MemoryError, AssertionError, StrictDataclassError)
+# Errors whose messages are sentences; that of another one says little without its name.
+_SENTENCES = (
+    ValueError,
+    OSError,
+    ImportError,
+    RuntimeError,
+    MemoryError,
+    AssertionError,
+    StrictDataclassError,
+    SafetensorError,
+)
 
 
 def ask_once(name: str, revision: str | None) -> None:
@@ -76,6 +85,8 @@ def wording(spec: ModelSpec) -> Iterator[None]:
     name = spec.source or "config"
     try:
         yield
+    except ActdumpError:
+        raise
     except SafetensorError as error:
         raise DataError(f"model: a weights file of `{name}` is broken: {first_line(error)}; fetch it again") from error
     except OSError as error:
@@ -85,7 +96,7 @@ def wording(spec: ModelSpec) -> Iterator[None]:
             f"model: `{name}` is neither a local folder nor found on the hub: {first_line(error)}"
             f"{did_you_mean(name, neighbours(name))}"
         ) from error
-    except _REFUSALS as error:
+    except Exception as error:  # whatever a model's code raises
         if out_of_memory(error):
             raise ActdumpError(
                 f"model: `{name}` does not fit into memory: {first_line(error)}; use a narrower `model.dtype`, "
@@ -100,4 +111,5 @@ def first_line(error: Exception) -> str:
         return " ".join(str(error).split())
     if isinstance(error, KeyError):
         return f"transformers does not know {error}, which the config names"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if isinstance(error, _SENTENCES) else f"{type(error).__name__}: {line}"

@@ -183,10 +183,14 @@ def avoid_faulty_amx() -> None:
         warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads: the child computes and ends
         child = os.fork()
     if child == 0:
-        torch.set_num_threads(1)  # the threads of the parent's pool are not in the child, which would wait for them for ever
-        ones = torch.ones(32, 64, dtype=torch.bfloat16)
-        nn.functional.linear(ones, ones)
-        os._exit(0)
+        try:
+            torch.set_num_threads(
+                1
+            )  # the threads of the parent's pool are not in the child, which would wait for them for ever
+            ones = torch.ones(32, 64, dtype=torch.bfloat16)
+            nn.functional.linear(ones, ones)
+        finally:
+            os._exit(0)  # whatever is raised, as by Ctrl-C: the program is the parent's to go on with
     if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
         os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
         log.warning("this CPU faults on its own AMX instructions; going on without them (ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16)")

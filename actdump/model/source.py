@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import (
     MODEL_MAPPING,
@@ -145,8 +144,8 @@ def _own_config(given: dict[str, Any]) -> Any:
         rest = {key: value for key, value in given.items() if key != "model_type"}
         try:
             return AutoConfig.for_model(kind, **rest)
-        except (ValueError, TypeError, StrictDataclassError) as error:
-            raise SpecError(f"model.config: {first_line(error)}") from None
+        except Exception as error:  # whatever a config's code raises
+            raise SpecError(f"model.config: {first_line(error)}") from error
 
 
 def _read_by_the_model(config: Any) -> set[str]:

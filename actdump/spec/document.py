@@ -60,6 +60,8 @@ class _Document:
             raise SpecError(self._syntax(error, text)) from None
         except yaml.YAMLError as error:
             raise SpecError(f"{self.name}: not YAML: {error}") from None
+        except RecursionError:
+            raise SpecError(f"{self.name}: {_ENDLESS}") from None
         if not isinstance(self.data, dict):
             raise SpecError(
                 f"{self.name}:1: a spec is a mapping with model, prompts, save and output, not {kind_of(self.data)}"
@@ -137,6 +139,8 @@ class _Document:
             value = text if text == "-" else _data(yaml.compose(text, Loader=yaml.SafeLoader))
         except yaml.YAMLError:
             value = text
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"--set {override}: {_ENDLESS if isinstance(error, RecursionError) else error}") from None
         where = tuple(int(key) if key.isdigit() else key for key in path.split("."))
         if where[0] == "model" and len(where) > 1 and isinstance(self.data.get("model"), str):
             self.data["model"] = {"name": self.data["model"]}
@@ -229,6 +233,9 @@ class _Document:
         return self.lines.get(where, f"{self.name}:1")
 
 
+_ENDLESS = "an alias stands within what it names (as in `&a [*a]`), or lists and mappings are nested too deep"
+
+
 def _plain_scalar(text: str) -> Any:
     """An unquoted scalar by YAML's rules, without its base-60 numbers (`2:5` is a slice) and dates (`2024-01-01` is an id)."""
     tag: str = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call] # its stubs say nothing
@@ -241,8 +248,16 @@ def _plain_scalar(text: str) -> Any:
 
 
 def _data(node: Any) -> Any:
+    """What a YAML node holds.
+
+    Raises:
+        ValueError: a key is given twice.
+    """
     if isinstance(node, yaml.MappingNode):
-        return {key.value if isinstance(key, yaml.ScalarNode) else str(_data(key)): _data(entry) for key, entry in node.value}
+        keys = [key.value if isinstance(key, yaml.ScalarNode) else str(_data(key)) for key, _ in node.value]
+        if twice := [key for place, key in enumerate(keys) if key in keys[:place]]:
+            raise ValueError(f"`{twice[0]}` is given twice")
+        return {key: _data(entry) for key, (_, entry) in zip(keys, node.value, strict=True)}
     if isinstance(node, yaml.SequenceNode):
         return [_data(entry) for entry in node.value]
     if node is None:
@@ -282,6 +297,8 @@ def said(error: Any, where: Where) -> str:
         return f"{key}: `{_short(error['input'])}` is not one of {error['ctx']['expected']}"
     if kind in _EXPECTED:
         return f"{key}: must be {_EXPECTED[kind]}, not {kind_of(error['input'])} `{_short(error['input'])}`"
+    if kind == "greater_than_equal":
+        return f"{key}: must be {error['ctx']['ge']} or more"
     return f"{key}: {error['msg']}"
 
 

@@ -10,8 +10,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PrivateAttr,
+    Tag,
     model_validator,
 )
 
@@ -49,33 +51,26 @@ def _text_of(key: str) -> Any:
     return lambda value: {key: value} if isinstance(value, str) else value
 
 
-def _positive(value: int) -> int:
-    if value < 1:
-        raise ValueError("must be 1 or more")
-    return value
+def _auto_or_count(value: Any) -> str | None:
+    """Which of the two a value is meant to be."""
+    return "auto" if value == "auto" else "count" if isinstance(value, int) else None
 
 
-def _not_negative(value: int) -> int:
-    if value < 0:
-        raise ValueError("must be 0 or more")
-    return value
-
-
-Count = Annotated[int, AfterValidator(_positive)]
-NotNegative = Annotated[int, AfterValidator(_not_negative)]
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+AutoOrCount = Annotated[
+    Annotated[Literal["auto"], Tag("auto")] | Annotated[Count, Tag("count")],
+    Discriminator(
+        _auto_or_count,
+        custom_error_type="auto_or_count",
+        custom_error_message="must be a whole number, or auto",
+        custom_error_context={},
+    ),
+]
 
 _UNITS = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
+    "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
 
 
 def _bytes(value: Any) -> Any:
@@ -273,7 +268,7 @@ def _save(value: Any) -> Any:
 class BatchSpec(_Strict):
     """How large a batch may be."""
 
-    tokens: Literal["auto"] | Count = Field("auto", description="padded tokens in a batch")
+    tokens: AutoOrCount = Field("auto", description="padded tokens in a batch")
     prompts: Count | None = Field(None, description="prompts in a batch")
 
 

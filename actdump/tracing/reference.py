@@ -16,6 +16,10 @@ class _NoChildError(AddressError, AttributeError):
     """A wrong name; an AttributeError too, so that `hasattr` answers."""
 
 
+class _ClosedError(TraceError, AttributeError):
+    """A port outside a block, where a module has none."""
+
+
 class Reference:
     """A module of a model, by its place: `model.transformer.h[-1]`.
 
@@ -42,7 +46,9 @@ class Reference:
         if name in PORTS and traced.open is not None:
             return Proxy(traced.open, steps, (Child(name),))
         if name in PORTS and not child:
-            raise TraceError(f"`{path_text((*steps, Child(name)))}` has a value only inside a block: `with model.trace(...):`")
+            raise _ClosedError(
+                f"`{path_text((*steps, Child(name)))}` has a value only inside a block: `with model.trace(...):`"
+            )
         if not child and hasattr(module, name):
             return getattr(module, name)
         return self._child(Child(name))
@@ -95,6 +101,9 @@ class Model(Reference):
 
     def __init__(self, module: nn.Module, tokenizer: Any = None) -> None:
         super().__init__(Traced(module, tokenizer), (), module)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Model, (self._actdump[2], self.tokenizer)
 
     @property
     def tokenizer(self) -> Any:

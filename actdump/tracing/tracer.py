@@ -159,7 +159,7 @@ def _run_whole(traced: Traced, forward: _Forward, taps: Sequence[Tap]) -> list[A
 
 
 def _calls(counts: Mapping[int, int], tokens: int) -> int | None:
-    """How often a module runs for so many tokens, if it does as often for no more and for no fewer; some work through them piece by piece."""
+    """How often a module runs for so many tokens, if as often for no more and for no fewer: some work through them in pieces."""
     fewer, more = [each for each in counts if each <= tokens], [each for each in counts if each >= tokens]
     if not fewer or not more or counts[max(fewer)] != counts[min(more)]:
         return None
