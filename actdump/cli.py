@@ -31,7 +31,7 @@ app = typer.Typer(
 )
 
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML spec.", show_default=False)]
-Folder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a finished dump.", show_default=False)]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a finished dump.", show_default=False)]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: model.dtype=float32.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N prompts only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
@@ -263,7 +263,7 @@ def tree(
 
 
 @app.command()
-def show(out: Folder, as_json: Json = False) -> None:
+def show(out: Out, as_json: Json = False) -> None:
     """Show what a dump holds."""
     with _quitting():
         from actdump import console, reader, views
@@ -281,7 +281,7 @@ def show(out: Folder, as_json: Json = False) -> None:
 
 
 @app.command()
-def verify(out: Folder) -> None:
+def verify(out: Out) -> None:
     """Compare every byte of a dump with its manifest."""
     with _quitting():
         from actdump import console, reader, verify
@@ -294,7 +294,7 @@ def verify(out: Folder) -> None:
 
 @app.command()
 def audit(
-    out: Folder,
+    out: Out,
     count: Annotated[int, typer.Option("-n", "--prompts", min=1, help="How many prompts to run.")] = 20,
     model: Annotated[str | None, typer.Option(help="Where the model is now, if not where it was.", show_default=False)] = None,
     as_json: Json = False,
@@ -315,8 +315,8 @@ def audit(
 
 @app.command()
 def diff(
-    first: Folder,
-    second: Folder,
+    first: Out,
+    second: Out,
     atol: Annotated[float, typer.Option(help="How far apart two values may be.")] = 0.0,
     rtol: Annotated[float, typer.Option(help="How large the relative error of a token may be.")] = 0.0,
     as_json: Json = False,
