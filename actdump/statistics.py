@@ -10,7 +10,7 @@ POSITIONS = 8  # tokens at the beginning of a prompt whose norms are told apart:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the values of a tap look like. Non-finite values are counted, and left out of all else.
+    """What the values of a tap look like. Non-finite values are counted, and left out of all else, and their rows of the norms.
 
     Attributes:
         rows: how many rows there are.
@@ -19,7 +19,9 @@ class Statistics:
         mean, std: of all numbers (the population's standard deviation).
         norm: the mean Euclidean norm of a row; `None` where a row is a bare element, because the value is stored flat.
         largest: the largest absolute value.
-        rows_by_position, norm_by_position: the same for the rows of the prompts' tokens 0 to 7; empty where a row is no token.
+        rows_by_position, norm_by_position: how many rows of the prompts' tokens 0 to 7 have a norm, and the mean; empty where a row
+            is no token.
+        rows_nonfinite: how many rows hold a number that is NaN or infinite, so that they have no norm.
     """
 
     rows: int
@@ -31,26 +33,28 @@ class Statistics:
     largest: float
     rows_by_position: tuple[int, ...] = ()
     norm_by_position: tuple[float, ...] = ()
+    rows_nonfinite: int = 0
 
 
 def merged(parts: Sequence[Statistics]) -> Statistics:
     """The statistics of several batches or shards of one tap together."""
     counts = [part.values - part.nonfinite for part in parts]
-    rows = [part.rows for part in parts]
+    normed = [part.rows - part.rows_nonfinite for part in parts]
     mean = _weighed(counts, [part.mean for part in parts])
     spread = _weighed(counts, [part.std * part.std + (part.mean - mean) * (part.mean - mean) for part in parts])
     each = list(zip(*(part.rows_by_position for part in parts), strict=True))
     norms = list(zip(*(part.norm_by_position for part in parts), strict=True))
     return Statistics(
-        rows=sum(rows),
+        rows=sum(part.rows for part in parts),
         values=sum(part.values for part in parts),
         nonfinite=sum(part.nonfinite for part in parts),
         mean=mean,
         std=math.sqrt(spread),
-        norm=None if parts[0].norm is None else _weighed(rows, [part.norm or 0.0 for part in parts]),
+        norm=None if parts[0].norm is None else _weighed(normed, [part.norm or 0.0 for part in parts]),
         largest=max(part.largest for part in parts),
         rows_by_position=tuple(map(sum, each)),
         norm_by_position=tuple(map(_weighed, each, norms)),
+        rows_nonfinite=sum(part.rows_nonfinite for part in parts),
     )
 
 

@@ -169,7 +169,7 @@ def statistics_table(manifest: Manifest) -> Table:
     headings = ["mean", "std", "mean norm", "largest", *["not finite"] * odd]
     table = _plain_table("tap", *headings, *["mean norm of tokens 0, 1, 2 …"] * positions, right=headings)
     for name, each in listed:
-        norm = "" if each.norm is None else f"{each.norm:.4g}"
+        norm = "" if each.norm is None else f"{each.norm:.4g}" if each.rows > each.rows_nonfinite else "-"
         early = "  ".join(_early_norms(each))
         figures = [f"{each.mean:.4g}", f"{each.std:.4g}", norm, f"{each.largest:.4g}", *[f"{each.nonfinite:,}"] * odd]
         table.add_row(*map(Text, (name, *figures, *[early] * positions)))

@@ -23,9 +23,15 @@ class Early:
         self._places = places[self._rows]
         self._counts: list[int] = np.bincount(self._places, minlength=POSITIONS).tolist()
 
-    def summed(self, norms: "np.ndarray") -> tuple[list[int], list[float]]:
-        """How many rows each of the first places has, and the sums of their norms."""
-        return self._counts, np.bincount(self._places, norms[self._rows], POSITIONS).tolist()
+    def summed(self, norms: "np.ndarray", whole: "np.ndarray | None") -> tuple[list[int], list[float]]:
+        """How many rows each of the first places has, and the sums of their norms; of those alone that are whole, if some are not."""
+        if whole is None:
+            return self._counts, np.bincount(self._places, norms[self._rows], POSITIONS).tolist()
+        counted = whole[self._rows]
+        places = self._places[counted]
+        return np.bincount(places, minlength=POSITIONS).tolist(), np.bincount(
+            places, norms[self._rows[counted]], POSITIONS
+        ).tolist()
 
 
 @dataclass(frozen=True)
@@ -35,10 +41,11 @@ class Measured:
     Attributes:
         early: which rows are of the first tokens of prompts; `None` where a row is no token.
         shape: how many vectors of how many values.
-        norms: the Euclidean norm of each vector, float32 or float64.
+        norms: the Euclidean norm of each vector, float32 or float64; of its finite values, where some are not.
         figures: the sum of all values, the largest absolute one, how many are not finite, how many were too large for the cast,
             and the largest finite absolute value before the cast (0 where the cast lost none, on a CPU). On an accelerator none is
             counted as not finite: a norm tells that some are, and `landed` counts them.
+        whole: which vectors are finite throughout; `None` where nobody looked at each, because all are, or nobody did yet.
     """
 
     layout: Layout
@@ -46,6 +53,7 @@ class Measured:
     shape: tuple[int, int]
     norms: Tensor
     figures: Tensor
+    whole: Tensor | None = None
 
     @property
     def nonfinite(self) -> int:
@@ -65,11 +73,11 @@ class Measured:
     def landed(self, stored: Tensor) -> "Measured":
         """The figures on the CPU, where the rows are now. Where a norm is not finite, what is not is counted here; or only squares
         overflowed."""
-        norms, figures = self.norms.cpu(), self.figures.cpu()
+        norms, figures, whole = self.norms.cpu(), self.figures.cpu(), self.whole
         if not bool(norms.sum().isfinite()):
-            norms, counted = _with_care(_vectors(stored, self.layout))
+            norms, whole, counted = _with_care(_vectors(stored, self.layout))
             figures = torch.stack([*(each.double() for each in counted), *figures[3:].double()])
-        return replace(self, norms=norms, figures=figures)
+        return replace(self, norms=norms, figures=figures, whole=whole)
 
     def statistics(self) -> Statistics:
         """The figures as statistics; they must be on the CPU."""
@@ -78,18 +86,20 @@ class Measured:
         finite = self.shape[0] * self.shape[1] - int(nonfinite)
         mean = total / finite if finite else 0.0
         spread = norms.dot(norms) / finite - mean * mean if finite else 0.0
-        flat = self.layout.flat
-        rows, sums = self.early.summed(norms) if self.early is not None else ([], [])
+        flat, whole = self.layout.flat, None if self.whole is None else self.whole.numpy()
+        rows, sums = self.early.summed(norms, whole) if self.early is not None else ([], [])
+        normed = norms if whole is None else norms[whole]
         return Statistics(
             rows=self.shape[1] if flat else self.shape[0],
             values=self.shape[0] * self.shape[1],
             nonfinite=int(nonfinite),
             mean=mean,
             std=math.sqrt(max(spread, 0.0)),
-            norm=None if flat else norms.mean().item() if len(norms) else 0.0,
+            norm=None if flat else normed.mean().item() if len(normed) else 0.0,
             largest=largest,
             rows_by_position=tuple(rows),
             norm_by_position=tuple(each / max(count, 1) for each, count in zip(sums, rows, strict=True)),
+            rows_nonfinite=0 if flat else len(norms) - len(normed),
         )
 
 
@@ -107,6 +117,7 @@ def measure(stored: Tensor, computed: Tensor, layout: Layout, early: Early | Non
     exact = torch.float64 if vectors.dtype == torch.float64 else torch.float32
     norms = torch.linalg.vector_norm(vectors, dim=1, dtype=exact)
     nonfinite = lost = reach = norms.new_zeros(())
+    whole = None
     # Two finite numbers prove that every value is finite, and spare a look at each. On an accelerator asking would be a wait.
     sound = vectors.is_cpu and bool(norms.sum().isfinite())
     if computed is not stored and not (sound and _has_infinity(stored.dtype)):
@@ -114,10 +125,10 @@ def measure(stored: Tensor, computed: Tensor, layout: Layout, early: Early | Non
     if sound or not vectors.is_cpu:
         total, largest = vectors.sum(dtype=exact), _largest(vectors)
     else:
-        norms, (total, largest, nonfinite) = _with_care(vectors)
+        norms, whole, (total, largest, nonfinite) = _with_care(vectors)
     kind = torch.float64 if vectors.is_cpu else exact  # not every accelerator knows float64
     figures = torch.stack([figure.to(kind) for figure in (total, largest, nonfinite, lost, reach)])
-    return Measured(layout, early, (vectors.shape[0], vectors.shape[1]), norms, figures)
+    return Measured(layout, early, (vectors.shape[0], vectors.shape[1]), norms, figures, whole)
 
 
 def _vectors(stored: Tensor, layout: Layout) -> Tensor:
@@ -157,11 +168,12 @@ def _lost(vectors: Tensor, computed: Tensor, dtype: torch.dtype) -> tuple[Tensor
     return lost.sum(), _largest(torch.where(sound, computed, 0))
 
 
-def _with_care(vectors: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-    """Norms; and sum, largest absolute value, and number of the values that are not finite, which are left out of all else.
+def _with_care(vectors: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+    """Norms; which vectors are finite throughout; and sum, largest absolute value, and number of the values that are not finite, which
+    are left out of all else.
 
     On the CPU, because in float64: squares may overflow too, and not every accelerator knows that type.
     """
     finite = vectors.isfinite()
     kept = torch.where(finite, vectors, 0).double()
-    return torch.linalg.vector_norm(kept, dim=1), (kept.sum(), _largest(kept), (~finite).sum())
+    return torch.linalg.vector_norm(kept, dim=1), finite.all(1), (kept.sum(), _largest(kept), (~finite).sum())
