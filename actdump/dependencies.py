@@ -51,15 +51,18 @@ class Dependencies:
 
 
 def write(path: Path, rules: bytes) -> None:
-    """Write rules for make into a file, unless it holds them already.
+    """Write rules for make into a file, unless it holds them already; or into a device or a pipe, which stays what it is.
 
     Raises:
         StorageError: the file cannot be written.
     """
-    if not path.is_file() or path.read_bytes() != rules:
+    if path.exists() and not path.is_file():
+        with store.storage(path):
+            path.write_bytes(rules)
+    elif not path.exists() or path.read_bytes() != rules:
         with store.storage(path.parent, "made"):
             path.parent.mkdir(parents=True, exist_ok=True)
-        store.write_atomically(path, rules)
+        store.write_atomically(path.resolve(), rules)  # a link stays one
 
 
 def of(spec: Spec, file: Path, time: int) -> Dependencies:

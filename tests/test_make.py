@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from needs import lacking
@@ -190,6 +191,20 @@ def test_what_is_no_file_is_no_dependency():
     assert Path("d").read_text() == "out/manifest.json: spec.yaml\n\nspec.yaml:\n"
 
 
+def test_a_depfile_that_is_a_link_or_a_pipe_stays_one():
+    write_spec(Path("spec.yaml"))
+    os.mkfifo("pipe")
+    Path("link").symlink_to("target.d")
+    read = []
+    reader = Thread(target=lambda: read.append(Path("pipe").read_text()))
+    reader.start()
+    assert run("--depfile", "pipe") == "done"
+    reader.join()
+    assert run("--depfile", "link") == "up to date"
+    assert Path("pipe").is_fifo() and Path("link").is_symlink()
+    assert read == [Path("target.d").read_text()]
+
+
 @pytest.mark.parametrize("words", [["--depfile", "."], ["--depfile", "prompts.jsonl/d"]])
 def test_a_depfile_that_cannot_be(words):
     said = actdump("run", "spec.yaml", *words, code=2 if words[1] == "." else 74)
@@ -307,6 +322,7 @@ def test_status_counts_parts_done_and_missing():
 
 WORKING = """
 from pathlib import Path
+from threading import Thread
 from actdump import store
 from actdump.format import Folder
 folder = Folder(Path("out"))

@@ -72,10 +72,10 @@ def test_non_finite_values_are_counted_and_left_out():
     assert found.rows_nonfinite == 2
     assert found.norm == pytest.approx(norms[[0, 1, 3, 4]].mean().item())  # a row that is not finite has none
     assert found.rows_by_position == (1, 1, 0, 1, 1, 0, 0, 0)
-    assert found.norm_by_position == pytest.approx([*norms[:2], 0, *norms[3:5], 0, 0, 0])
+    assert found.norm_by_position == pytest.approx([*norms[:2].tolist(), 0, *norms[3:5].tolist(), 0, 0, 0])
     sound = measured(values[:2], (2,))
     assert merged([found, sound]).norm == pytest.approx(norms[[0, 1, 3, 4, 0, 1]].mean().item())
-    assert merged([found, sound]).norm_by_position == found.norm_by_position
+    assert merged([found, sound]).norm_by_position == pytest.approx(found.norm_by_position)
     nothing = measured(torch.full((2, 4), math.nan), (2,))
     assert (nothing.norm, nothing.rows_nonfinite, nothing.rows_by_position[:2]) == (0.0, 2, (0, 0))
     assert merged([nothing, sound]).norm == pytest.approx(norms[:2].mean().item())

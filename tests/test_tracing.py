@@ -611,6 +611,36 @@ def test_several_prompts_share_no_structure(model, port):
 # ------------------------------------------------------------------------------------------------------------ saved values
 
 
+def test_gradients_come_to_a_saved_value(model, gpt2):
+    with model.trace(IDS):
+        hidden, logits = model.transformer.h[1].output[0].save(), model.output.logits.save()
+    (found,) = torch.autograd.grad(logits.value[0, -1].max(), hidden.value)
+    held = []
+    hook = gpt2.transformer.h[1].register_forward_hook(lambda _, __, result: held.append(result))
+    expected = gpt2(torch.tensor([IDS])).logits[0, -1].max()
+    hook.remove()
+    same(found, torch.autograd.grad(expected, held[0])[0])
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2), nn.Identity()
+
+    def forward(self, value):
+        return self.second(self.first(value).mul_(0))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_value_that_is_written_into_afterwards_is_kept_as_it_was(mode):
+    module = InPlace()
+    model = wrap(module)
+    with mode(), model.trace(torch.ones(1, 2)):
+        first, second = model.first.output.save(), model.second.output.save()
+    same(first.value, module.first(torch.ones(1, 2)))
+    assert second.tolist() == [[0, 0]]
+
+
 def test_the_ambient_grad_mode_is_kept(model, gpt2):
     for prompts in (PROMPT, [PROMPT, "The"]):
         with model.trace(prompts):

@@ -151,15 +151,15 @@ def form(held: Any) -> str:
     return f"{type(held).__name__} of {len(held)}" if isinstance(held, tuple | list | Mapping) else type(held).__name__
 
 
-def copied(value: Any) -> Any:
+def copied(value: Any, copy: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
     """A structure with every tensor in it copied, so that nothing later in the forward can change it."""
     if isinstance(value, Tensor):
-        return value.clone()
+        return copy(value)
     if isinstance(value, Mapping):
-        copies = {key: copied(entry) for key, entry in value.items()}
+        copies = {key: copied(entry, copy) for key, entry in value.items()}
         return copies if type(value) is dict else type(value)(**copies)
     if isinstance(value, tuple | list):
-        entries = [copied(entry) for entry in value]
+        entries = [copied(entry, copy) for entry in value]
         return type(value)(*entries) if hasattr(type(value), "_fields") else type(value)(entries)
     return value
 

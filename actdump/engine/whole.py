@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from actdump.address import Index, Nth, written
 from actdump.engine.hooks import Stop, Unfit, copied, hooked, not_a_tensor, read, tensor_index, which_call
@@ -23,7 +23,8 @@ def capture_whole(
     does for a call that is counted from the last: another input may have more.
 
     Returns:
-        For each site its value (a structure, where the address stops at one), and how often its module ran.
+        For each site its value (a structure, where the address stops at one), and how often its module ran. A tensor of which autograd
+        knows how it was computed is that of the forward, so that gradients come to it; unless somebody wrote into it afterwards.
 
     Raises:
         AddressError: a module never ran, or ran more than once, or an item leads nowhere.
@@ -32,10 +33,11 @@ def capture_whole(
     calls = [0] * len(sites)
     known = all(site.calls is not None and (site.tap.call or 0) >= 0 for site in sites)
     wanted = [_wanted_call(site) if known else None for site in sites]
+    copies = _Copies()
 
     def seen(place: int, held: Any) -> None:
         if wanted[place] in (None, calls[place]):
-            kept[place][calls[place]] = copied(_whole(sites[place].tap, held))
+            kept[place][calls[place]] = copied(_whole(sites[place].tap, held), copies.take)
         calls[place] += 1
         if known and all(kept):
             raise Stop
@@ -46,9 +48,28 @@ def capture_whole(
         return capture_whole(model, [replace(site, calls=None) for site in sites], args, kwargs)
     if not known:
         sites = [replace(site, calls=count) for site, count in zip(sites, calls, strict=True)]
-    return [values[_wanted_call(site)] for site, values in zip(sites, kept, strict=True)], [
-        cast(int, site.calls) for site in sites
-    ]
+    values = [copied(calls[_wanted_call(site)], copies.settled) for site, calls in zip(sites, kept, strict=True)]
+    return values, [cast(int, site.calls) for site in sites]
+
+
+class _Copies:
+    """Copies of tensors, and those of the tensors themselves that stand in a graph."""
+
+    def __init__(self) -> None:
+        self._live: dict[int, tuple[Tensor, int]] = {}  # by the copy, with torch's count of the writes to it
+
+    def take(self, tensor: Tensor) -> Tensor:
+        copy = tensor.clone()
+        if tensor.grad_fn is not None:
+            self._live[id(copy)] = tensor, tensor._version
+        return copy
+
+    def settled(self, copy: Tensor) -> Tensor:
+        """The tensor itself, if it is in a graph and holds what it held; otherwise the copy."""
+        if (found := self._live.get(id(copy))) is None:
+            return copy
+        tensor, writes = found
+        return tensor if tensor._version == writes else copy
 
 
 def _wanted_call(site: Site) -> int:
