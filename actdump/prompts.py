@@ -46,9 +46,29 @@ def read(spec: PromptsSpec, stdin: Path | None = None) -> Iterator[Prompt]:
     ids = _Ids()
     number = -1
     for number, (row, where) in enumerate(islice(_rows(spec, stdin), spec.limit)):
+        _check_writable(row, where)
         yield Prompt(number, ids.take(number, row.id, where), row.content, row.fields, where)
     if number < 0:
         raise SpecError(f"{'standard input' if spec.file == '-' else spec.file}: there are no prompts in it")
+
+
+_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
+def _check_writable(row: "_Found", where: str) -> None:
+    """Make sure that what is read back from prompts.jsonl will be what was given.
+
+    Raises:
+        SpecError: it would not.
+    """
+    try:
+        _json(row).encode()
+    except UnicodeEncodeError:
+        raise SpecError(f"{where}: half a character (a lone surrogate), which is no text") from None
+    except ValueError:
+        raise SpecError(f"{where}: NaN or an infinite number, which JSON has not; use null") from None
+    except TypeError as error:
+        raise SpecError(f"{where}: what JSON has not: {error}") from None
 
 
 _CONTENT = {"text", "messages", "input_ids"}  # what a row calls its prompt
@@ -112,6 +132,8 @@ def _json_row(line: str, where: str, spec: PromptsSpec) -> _Found:
     except json.JSONDecodeError as error:
         blank = "the line is empty; remove it" if not line.strip() else f"not JSON: {error.msg} at column {error.colno}"
         raise SpecError(f"{where}: {blank}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets
+        raise SpecError(f"{where}: cannot be read: {error}") from None
     if isinstance(value, str):
         value = {"text": value}
     if not isinstance(value, dict):

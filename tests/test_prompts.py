@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from needs import need
-from pydantic import ValidationError
 
 from actdump.errors import MissingError, SpecError
 from actdump.prompts import Prompt, read
@@ -78,6 +77,29 @@ def test_a_field_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) 
         from_file(tmp_path / "p.jsonl", '{"question": "x", "label": 1}\n', text="q")
     with pytest.raises(SpecError, match=r"p\.jsonl:1: there is no field `key`"):
         from_file(tmp_path / "p.jsonl", '{"text": "x"}\n', id="key")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": "a\\ud83d"}', "half a character"),
+        ('{"text": "a", "label": "\\ud83d"}', "half a character"),
+        ('{"text": "a", "\\ud83d": 1}', "half a character"),
+        ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "half a character"),
+        ('{"input_ids": [1], "t": 1e999}', "NaN or an infinite number, which JSON has not; use null"),
+        ('{"text": "a", "t": ' + "7" * 5000 + "}", "cannot be read: "),
+        ('{"text": "a", "t": ' + "[" * 100_000 + "]" * 100_000 + "}", "cannot be read: "),
+    ],
+)
+def test_what_no_file_can_hold_or_no_program_read_is_refused(line: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=rf"p\.jsonl:1: .*{words}"):
+        from_file(tmp_path / "p.jsonl", line + "\n")
+
+
+def test_what_a_spec_lists_is_held_to_the_same() -> None:
+    for field in ({"t": float("nan")}, {"t": float("inf")}, {"t": "\ud83d"}, {"t": object()}):
+        with pytest.raises(SpecError, match=r"prompts\[1\]: "):
+            rows("a", {"text": "b", **field})
 
 
 def test_standard_input_is_called_so_wherever_it_was_kept(tmp_path: Path) -> None:
@@ -162,7 +184,8 @@ def test_a_line_is_taken_or_refused_as_the_model_of_a_row_says(tmp_path_factory,
     value = json.loads(path.read_text())
     try:
         row = Row.model_validate(value)
-    except ValidationError:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
         row = None
     if row is None or row.id == "":
         with pytest.raises(SpecError, match=r"line\.jsonl:1: "):

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from actdump import store
-from actdump.errors import DataError, OccupiedError, SpecError, StorageError
+from actdump.errors import DataError, OccupiedError, StorageError
 from actdump.format import Folder, plan_from_json, plan_to_json, shard_layout, temporary
 from actdump.plan import SHARDS, Budget, Column, Layout, Part, Slice, Span, make, parts, prompt_bytes
 from actdump.prompts import Prompt
@@ -390,11 +390,6 @@ def test_a_line_holds_what_the_user_gave_and_token_ids_stand_in_the_shard(folder
         "bytes": folder.prompts.stat().st_size,
         "sha256": hashlib.sha256(folder.prompts.read_bytes()).hexdigest(),
     }
-
-
-def test_half_a_character_is_refused_with_its_place(folder):
-    with pytest.raises(SpecError, match=r"prompts\[1\]: .*lone surrogate"), store.Intake(folder) as intake:
-        intake.add([prompt(0, "a"), prompt(1, "b", {"label": "\ud83d"})], [[1], [2]])
 
 
 def test_an_intake_that_is_broken_off_leaves_nothing(folder):

@@ -299,6 +299,8 @@ def said(error: Any, where: Where) -> str:
         return f"{key}: must be {_EXPECTED[kind]}, not {kind_of(error['input'])} `{_short(error['input'])}`"
     if kind == "greater_than_equal":
         return f"{key}: must be {error['ctx']['ge']} or more"
+    if kind == "string_unicode":
+        return f"{key}: half a character (a lone surrogate), which is no text"
     return f"{key}: {error['msg']}"
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -11,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from actdump.errors import SpecError
 from actdump.format import Folder, temporary
 from actdump.plan import Part, Plan, Span
 from actdump.prompts import Prompt
@@ -51,11 +49,7 @@ class Intake:
             return temporary(final, me()).open("w+b")
 
     def add(self, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> None:
-        """Take the next prompts.
-
-        Raises:
-            SpecError: a prompt, or what the user gave with it, is no Unicode text.
-        """
+        """Take the next prompts."""
         words = array("i")
         for one in ids:
             words.append(len(one))
@@ -123,17 +117,7 @@ def _lines(prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> bytes:
         elif not isinstance(content[0], int):  # token ids stand in the shard
             lines.append(f', "messages": {_json(content)}')
         lines.append(f', "fields": {_json(prompt.fields)}}}\n' if prompt.fields else "}\n")
-    try:
-        return "".join(lines).encode()
-    except UnicodeEncodeError:
-        raise SpecError(f"{_broken(prompts)}: a field holds half a character (a lone surrogate), which is no text") from None
-
-
-def _broken(prompts: Sequence[Prompt]) -> str:
-    """Where the first prompt stands that cannot be written."""
-    return next(
-        prompt.where for prompt in prompts if re.search("[\ud800-\udfff]", _json([prompt.id, prompt.content, prompt.fields]))
-    )
+    return "".join(lines).encode()
 
 
 def part_tokens(folder: Folder, plan: Plan, part: Part) -> "list[Array]":
