@@ -463,7 +463,7 @@ def by_prompt():
 FAULTS = {
     "never ran": (sometimes, "aside.output", {}, "`aside` (Step) never ran in a forward; its parent may use its parameters"),
     "several times": (lambda: build("albert"), "encoder.albert_layer_groups[0].output", {},
-                      "runs 3 times in one forward; say which, with `call: 0` to `call: 2` or `call: -1`"),
+                      "runs 3 times in one forward; say which with `call`: 0 to 2, or -1 for the last"),
     "no such call": (Ladder, "layers[0].output", {"call": 1}, "runs 1 times in one forward, so there is no call 1"),
     "calls by prompt": (by_prompt, "each.output", {}, "ran 1 times for one prompt and 4 times for several"),
     "none": (lambda: build("llama"), "model.layers[0].self_attn.output[1]", {},

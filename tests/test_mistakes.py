@@ -213,8 +213,12 @@ def test_a_spec_that_is_a_folder() -> None:
         ("dtype=float12", ["--set dtype", "float16"]),
         ("batch.tokens=0", ["--set batch.tokens: batch.tokens: must be 1 or more"]),
         ("batch.tokens=fast", ["--set batch.tokens: batch.tokens: must be a whole number, or auto"]),
-        ("model={config: {n_layer: 2, n_layer: 3}}", ["--set model=", "`n_layer` is given twice"]),
-        ("save.h=&a [*a]", ["--set save.h=&a [*a]: an alias stands within what it names"]),
+        ("model={config: {n_layer: 2, n_layer: 3}}", ["--set model: `n_layer` is given twice"]),
+        ("save.h=&a [*a]", ["--set save.h: an alias stands within what it names"]),
+        ("model.config.n_head=${NOWHERE}", ["--set model.config.n_head: ${NOWHERE} is not set in the environment"]),
+        ("prompts.limit=99999999999999999999", ["--set prompts.limit: prompts.limit: must be 9223372036854775807 or less"]),
+        ("model.revision=main", ["spec.yaml:1, --set model.revision: model: `revision` is of a model on the hub"]),
+        ("model.gguf_file=x.gguf", ["spec.yaml:1, --set model.gguf_file: model: `gguf_file` is a file of weights"]),
         ("model.config.n_head=0", ["spec.yaml:1: model: `config` cannot be loaded: ZeroDivisionError: integer division"]),
         ("modle.dtype=float32", ["--set modle.dtype: unknown key `modle`", "did you mean `model`?"]),
         ("shard.most.tokens=4", ["--set shard.most.tokens: unknown key `shard.most`"]),
@@ -239,6 +243,10 @@ def test_a_wrong_override_is_named(override: str, words: list[str]) -> None:
         ),
         (GOOD + "? [a, b]\n: 3\n", ["spec.yaml:8: not YAML: a key that is a list or a mapping"]),
         (GOOD + "<<: 3\n", ["spec.yaml:8: not YAML: expected a mapping"]),
+        (
+            GOOD.replace("- input_ids: [4, 5]", "- {text: What is it?}"),
+            ["spec.yaml:4: not YAML: ", "text that holds ? must be quoted"],
+        ),
         (GOOD + "dtype: 0b_\n", ["spec.yaml:8: dtype: `0b_` is not one of"]),
         (
             GOOD.replace("save:\n  - transformer", "save: &a\n  - *a\n  - transformer"),
@@ -258,7 +266,7 @@ def test_yaml_that_is_none_of_ours(text: str, words: list[str]) -> None:
 def test_an_override_with_a_strange_key() -> None:
     said = run(GOOD, "--set", "tokenizer={chat_template: {{ messages }}}")
     assert said.code == 2
-    assert "tokenizer.chat_template" in said.err
+    assert "--set tokenizer: a key that is a list or a mapping; text that begins with { or [ must be quoted" in said.err
 
 
 def test_prompts_in_a_pipe() -> None:

@@ -125,7 +125,7 @@ def which_call(site: Site, calls: int, again: int) -> int:
     if call is None:
         if calls > 1:
             raise Unfit(
-                f"{place} runs {calls} times in one forward; say which, with `call: 0` to `call: {calls - 1}` or `call: -1`"
+                f"{place} runs {calls} times in one forward; say which with `call`: 0 to {calls - 1}, or -1 for the last"
             )
         return 0
     if not -calls <= call < calls:

@@ -42,10 +42,15 @@ def load(path: Path, sets: Sequence[str] = ()) -> Spec:
 
 @dataclass
 class _Document:
-    """A YAML file on its way to a spec: its data, the line of every value, and the mistakes so far."""
+    """A YAML file on its way to a spec: its data, the line of every value, and the mistakes so far.
+
+    Attributes:
+        label: what stands for the line of values from the command line, while they are read.
+    """
 
     name: str
     environment: Mapping[str, str]
+    label: str = ""
     data: Any = None
     lines: dict[Where, str] = field(default_factory=dict)
     mistakes: list[tuple[str, str]] = field(default_factory=list)
@@ -77,12 +82,14 @@ class _Document:
             message += f'; an address inside {{…}} or […] must be quoted, as in "model.layers[-1].output[0]": {near.strip()}'
         elif re.search(r":\s+-\s*$", near):
             message += '; standard input is written `file: "-"`, with quotes'
+        elif "'?'" in message:
+            message += "; text that holds ? must be quoted inside {…} or […]"
         elif "\t" in near:
             message += "; YAML does not allow tabs for indentation"
         return message
 
     def _value(self, node: Any, where: Where) -> Any:
-        self.lines[where] = f"{self.name}:{node.start_mark.line + 1}"
+        self.lines[where] = self._line_of(node)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, where)
         if isinstance(node, yaml.SequenceNode):
@@ -97,16 +104,17 @@ class _Document:
                     None, None, "a key that is a list or a mapping; text that begins with { or [ must be quoted", key.start_mark
                 )
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                self._mistake(
-                    f"{self.name}:{key.start_mark.line + 1}", f"`{key.value}` is given twice, first on line {seen[key.value]}"
-                )
+                self._mistake(self._line_of(key), f"`{key.value}` is given twice, first on line {seen[key.value]}")
             seen[key.value] = key.start_mark.line + 1
         yaml.constructor.SafeConstructor().flatten_mapping(node)
         mapping: dict[str, Any] = {}
         for key, entry in node.value:
             mapping[key.value] = self._value(entry, (*where, key.value))
-            self.lines[(*where, key.value)] = f"{self.name}:{key.start_mark.line + 1}"
+            self.lines[(*where, key.value)] = self._line_of(key)
         return mapping
+
+    def _line_of(self, node: Any) -> str:
+        return self.label or f"{self.name}:{node.start_mark.line + 1}"
 
     def _scalar(self, node: Any, where: Where) -> Any:
         text = node.value
@@ -135,13 +143,9 @@ class _Document:
         path, equals, text = override.partition("=")
         if not equals or not path:
             raise UsageError(f"--set {override}: write it as key=value, as in --set model.dtype=float32")
-        try:
-            value = text if text == "-" else _data(yaml.compose(text, Loader=yaml.SafeLoader))
-        except yaml.YAMLError:
-            value = text
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"--set {override}: {_ENDLESS if isinstance(error, RecursionError) else error}") from None
-        where = tuple(int(key) if key.isdigit() else key for key in path.split("."))
+        self.label = f"--set {path}"
+        where: Where = tuple(int(key) if key.isdigit() else key for key in path.split("."))
+        value = self._given(text, where)
         if where[0] == "model" and len(where) > 1 and isinstance(self.data.get("model"), str):
             self.data["model"] = {"name": self.data["model"]}
         if (
@@ -156,7 +160,7 @@ class _Document:
         place: Any = self.data
         for key in where[:-1]:
             try:
-                place = place.setdefault(key, {}) if isinstance(place, dict) else place[key]
+                place = place.setdefault(str(key), {}) if isinstance(place, dict) else place[key]
             except (KeyError, IndexError, TypeError):
                 raise UsageError(f"--set {override}: there is no `{key}` in the spec") from None
         last = str(where[-1]) if isinstance(place, dict) else where[-1]
@@ -168,9 +172,22 @@ class _Document:
             raise UsageError(f"--set {override}: `{'.'.join(map(str, where[:-1]))}` has no parts to set") from None
         where = (*where[:-1], last)
         for depth in range(1, len(where)):
-            self.lines.setdefault(where[:depth], f"--set {path}")
-        self.lines[where] = f"--set {path}"
+            self.lines.setdefault(where[:depth], self.label)
+        self.lines[where] = self.label
         self.overridden.append(where)
+
+    def _given(self, text: str, where: Where) -> Any:
+        """What the text of an override holds: YAML, or, where it is none, text."""
+        self.lines[where] = self.label
+        try:
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+            return text if text == "-" else None if node is None else self._value(node, where)
+        except yaml.constructor.ConstructorError as error:
+            raise UsageError(f"{self.label}: {error.problem}") from None
+        except yaml.YAMLError:
+            return self._substituted(text, where)
+        except RecursionError:
+            raise UsageError(f"{self.label}: {_ENDLESS}") from None
 
     def _at(self, where: Where) -> Any:
         data = self.data
@@ -247,24 +264,6 @@ def _plain_scalar(text: str) -> Any:
         return text
 
 
-def _data(node: Any) -> Any:
-    """What a YAML node holds.
-
-    Raises:
-        ValueError: a key is given twice.
-    """
-    if isinstance(node, yaml.MappingNode):
-        keys = [key.value if isinstance(key, yaml.ScalarNode) else str(_data(key)) for key, _ in node.value]
-        if twice := [key for place, key in enumerate(keys) if key in keys[:place]]:
-            raise ValueError(f"`{twice[0]}` is given twice")
-        return {key: _data(entry) for key, (_, entry) in zip(keys, node.value, strict=True)}
-    if isinstance(node, yaml.SequenceNode):
-        return [_data(entry) for entry in node.value]
-    if node is None:
-        return None
-    return node.value if node.style is not None else _plain_scalar(node.value)
-
-
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "…"
@@ -299,6 +298,8 @@ def said(error: Any, where: Where) -> str:
         return f"{key}: must be {_EXPECTED[kind]}, not {kind_of(error['input'])} `{_short(error['input'])}`"
     if kind == "greater_than_equal":
         return f"{key}: must be {error['ctx']['ge']} or more"
+    if kind == "less_than_equal":
+        return f"{key}: must be {error['ctx']['le']} or less"
     if kind == "string_unicode":
         return f"{key}: half a character (a lone surrogate), which is no text"
     return f"{key}: {error['msg']}"

@@ -56,8 +56,8 @@ def _auto_or_count(value: Any) -> str | None:
     return "auto" if value == "auto" else "count" if isinstance(value, int) else None
 
 
-Count = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=2**63 - 1)]
+NotNegative = Annotated[int, Field(ge=0, le=2**63 - 1)]
 AutoOrCount = Annotated[
     Annotated[Literal["auto"], Tag("auto")] | Annotated[Count, Tag("count")],
     Discriminator(
@@ -133,6 +133,10 @@ class ModelSpec(_Strict):
             raise ValueError("config: needs `model_type`, such as gpt2 or llama")
         if self.config is not None and self.device_map is not None:
             raise ValueError("`device_map` spreads the weights of a checkpoint; for random weights (`config`) use `device`")
+        if self.config is not None and self.gguf_file is not None:
+            raise ValueError("`gguf_file` is a file of weights; leave it out for random weights (`config`)")
+        if isinstance(self.config, dict) and self.revision is not None:
+            raise ValueError("`revision` is of a model on the hub; a config that is written here has none")
         return self
 
     @property
@@ -182,7 +186,8 @@ class Row(BaseModel):
 def _row(value: Any) -> Any:
     if isinstance(value, str | Mapping | Row):
         return _text_of("text")(value)
-    raise ValueError(f"a prompt is text or a mapping, not {kind_of(value)} `{value}`; put quotes around it if it is text")
+    shown = str(value) if len(str(value)) <= 60 else f"{str(value)[:57]}…"
+    raise ValueError(f"a prompt is text or a mapping, not {kind_of(value)} `{shown}`; put quotes around it if it is text")
 
 
 PromptRow = Annotated[Row, BeforeValidator(_row, json_schema_input_type=str | Row)]

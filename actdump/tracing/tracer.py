@@ -95,6 +95,8 @@ def _ids(traced: Traced, feed: Feed, prompt: Any, which: str) -> Sequence[int]:
     if isinstance(prompt, str) and prompt:
         if traced.tokenizer is None:
             raise UsageError(f"{which} is a string, but the model has no tokenizer: pass token ids, or wrap(module, tokenizer)")
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise UsageError(f"{which} holds half a character (a lone surrogate), which is no text")
         prompt = traced.tokenizer(prompt)["input_ids"]
     ids = prompt.tolist() if isinstance(prompt, Tensor) and prompt.ndim == 1 else prompt
     if isinstance(ids, str | list | tuple) and not ids:
@@ -110,7 +112,7 @@ class Tracer:
     """A `trace` block: collects taps while it is open, and runs the model when it ends.
 
     Raises:
-        TraceError: the model is being traced already.
+        TraceError: the model is being traced already, or the block is over.
     """
 
     def __init__(self, traced: Traced, work: _Forward | _Prompts) -> None:
@@ -125,7 +127,9 @@ class Tracer:
         return self._saved.setdefault(Tap(name, address, call=call), Saved(self, name))
 
     def __enter__(self) -> Self:
-        if self.traced.open is not None or self.over:
+        if self.over:
+            raise TraceError("this `trace` block is over: call `trace` again for another")
+        if self.traced.open is not None:
             raise TraceError("this model is being traced already: end one `trace` block before the next")
         self.traced.open = self
         return self
