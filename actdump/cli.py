@@ -3,6 +3,7 @@
 Nothing here imports torch before a command needs it, so that `--help`, a spec with mistakes and an up-to-date dump answer at once.
 """
 
+import io
 import json
 import os
 import sys
@@ -92,7 +93,12 @@ def _load(path: Path, sets: list[str] | None, limit: int | None) -> "Spec":
 def _root(spec: "Spec", output: Path | None) -> Path:
     if output is None and spec.output is None:
         raise UsageError("`output` is missing: name the folder to write in the spec, or with -o")
-    return output or Path(str(spec.output)).expanduser()
+    root = output or Path(str(spec.output)).expanduser()
+    try:
+        str(root).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"output: {str(root)!r} is not UTF-8, and safetensors opens no other files") from None
+    return root
 
 
 @app.command()
@@ -385,11 +391,21 @@ def schema() -> None:
 
 def main() -> None:
     """The entry point."""
+    _write_all()
     try:
         app()
     except SystemExit as end:
         _end_now(end.code)
         raise
+
+
+def _write_all() -> None:
+    """Let stdout take any character, and lose nothing: where Python does not buffer it (`PYTHONUNBUFFERED`), what a full disk takes no
+    more is dropped without a word."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+        if isinstance(raw := sys.stdout.buffer, io.RawIOBase):
+            sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), sys.stdout.encoding, sys.stdout.errors, line_buffering=True)
 
 
 def _end_now(code: str | int | None) -> None:

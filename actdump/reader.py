@@ -324,7 +324,16 @@ class Prompts:
             raise UsageError(f"there is no prompt with the id `{id}`{did_you_mean(id, self.numbers)}")
         return self.numbers[id]
 
-    def __getitem__(self, key: SupportsIndex | str) -> PromptRecord:
+    @overload
+    def __getitem__(self, key: SupportsIndex | str) -> PromptRecord: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> list[PromptRecord]: ...
+
+    def __getitem__(self, key: SupportsIndex | str | slice) -> PromptRecord | list[PromptRecord]:
+        """A prompt by number or id, or a list of them for a slice."""
+        if isinstance(key, slice):
+            return [self[number] for number in range(*key.indices(len(self)))]
         number = _number(key, self.dump)
         with self._file() as file:
             file.seek(self._places[number])

@@ -266,6 +266,15 @@ def test_a_reader_that_stops_reading_does_not_change_the_exit_code(words: str, c
     assert "Broken pipe" not in done.stderr
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_terminal_of_few_characters(encoding: str, unbuffered: str) -> None:
+    actdump("run", "spec.yaml")
+    done = in_bash(f"PYTHONIOENCODING={encoding} PYTHONUNBUFFERED={unbuffered} actdump show out")
+    assert done.returncode == 0, done.stderr
+    assert "tokens 0, 1, 2 \\u2026" in done.stdout
+
+
 def test_a_log_that_nobody_reads_any_more_does_not_end_a_run() -> None:
     done = in_bash("actdump run spec.yaml --log-json 2> >(true) && actdump verify out")
     assert done.returncode == 0

@@ -709,6 +709,7 @@ def test_a_read_only_folder() -> None:
     else:  # root may write whatever the mode says
         with mounted(Path("closed"), "ro,size=1m"):
             said = run(GOOD, "-o", "closed/out")
+            assert "read-only" in actdump("check", "spec.yaml", "-o", "closed/out").out
     assert said.code == 74
     assert "closed/out" in said.err
     assert "read-only" in said.err
@@ -780,6 +781,24 @@ def test_a_log_on_a_full_disk_ends_no_run() -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([COMMAND, "run", "spec.yaml"], stdout=subprocess.PIPE, stderr=full, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "out/manifest.json\n")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_result_that_is_cut_off_by_a_full_disk_is_no_success(unbuffered: str) -> None:
+    need(os.geteuid() == 0, "only root can mount a small file system")
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with mounted(Path("small"), "size=4k") as small, (small / "schema.json").open("w") as file:
+        done = subprocess.run([COMMAND, "schema"], stdout=file, stderr=subprocess.PIPE, text=True, timeout=60, env=environment)
+        assert 0 < (small / "schema.json").stat().st_size <= 4096
+    assert done.returncode == 74
+    assert "No space left on device" in done.stderr
+
+
+def test_a_name_that_is_not_unicode_is_refused_before_any_work() -> None:
+    Path("spec.yaml").write_text(GOOD)
+    said = actdump_process("run", "spec.yaml", "-o", b"out\xff")
+    assert said.code == 2
+    assert "is not UTF-8" in said.err
 
 
 @pytest.mark.parametrize("how", ["tap", "default"])

@@ -110,6 +110,7 @@ def test_values_by_number_id_and_slice(dump):
     assert torch.equal(values["id 4"], values[4])
     for cut in (slice(1, 5), slice(None, None, 2), slice(-2, None), slice(None, None, -1), slice(5, 2)):
         assert [value.tolist() for value in values[cut]] == [values[number].tolist() for number in range(7)[cut]]
+    assert dump.prompts[5:2:-1] == [dump.prompts[number] for number in (5, 4, 3)]
     for number in (np.int64(2), torch.tensor(2)):
         assert torch.equal(values[number], values[2])
         assert torch.equal(values.rows[number], values.rows[2])

@@ -71,6 +71,9 @@ def forecast(spec: Spec, watcher: Watcher | None = None, root: Path | None = Non
 
 def _found(spec: Spec, root: Path, sources: inputs.Inputs) -> Explanation | str:
     try:
-        return found(spec, Folder(root), sources)
+        explained = found(spec, Folder(root), sources)
+        if explained.state != "up to date":
+            store.check_writable(Folder(root))
+        return explained
     except (OccupiedError, StorageError, DataError) as error:
         return str(error)

@@ -204,10 +204,13 @@ class _Document:
         try:
             spec = Spec.model_validate(self.data)
         except ValidationError as error:
+            found: dict[Where, list[Any]] = {}
             for each in error.errors():
-                where = self._place(each["loc"])
+                found.setdefault(self._place(each["loc"]), []).append(each)
+            for where, errors in found.items():
                 if self._line(where) not in self.unset:  # what follows from a missing variable is no mistake of its own
-                    self._mistake(self._lines(where), said(each, where))
+                    for text in _told(errors, where):
+                        self._mistake(self._lines(where), text)
         if self.mistakes or spec is None:
             ordered = sorted(self.mistakes, key=lambda mistake: self._order(mistake[0]))
             raise SpecError("\n".join(dict.fromkeys(f"{line}: {text}" for line, text in ordered)))
@@ -279,10 +282,25 @@ _EXPECTED = {
 }  # fmt: skip
 
 
+def _told(errors: Sequence[Any], where: Where) -> list[str]:
+    """Pydantic's complaints about one place; where it may be of several kinds, one sentence names them all."""
+    if len(errors) > 1 and all(error["type"] in _EXPECTED for error in errors):
+        kinds = " or ".join(dict.fromkeys(_EXPECTED[error["type"]] for error in errors))
+        return [_of_another_kind(errors[0], where, kinds)]
+    return [said(error, where) for error in errors]
+
+
+def _of_another_kind(error: Any, where: Where, kinds: str) -> str:
+    return f"{_key(where)}: must be {kinds}, not {kind_of(error['input'])} `{_short(error['input'])}`"
+
+
+def _key(where: Where) -> str:
+    return ".".join(str(part) for part in where if isinstance(part, str)) or "the spec"
+
+
 def said(error: Any, where: Where) -> str:
     """One of pydantic's complaints in our words."""
-    key = ".".join(str(part) for part in where if isinstance(part, str)) or "the spec"
-    kind = error["type"]
+    key, kind = _key(where), error["type"]
     if kind == "extra_forbidden":
         section = _SECTIONS.get(where[:-1], SaveSpec)
         known = [name for name in section.model_fields if name != "rows"]
@@ -295,7 +313,7 @@ def said(error: Any, where: Where) -> str:
     if kind == "literal_error":
         return f"{key}: `{_short(error['input'])}` is not one of {error['ctx']['expected']}"
     if kind in _EXPECTED:
-        return f"{key}: must be {_EXPECTED[kind]}, not {kind_of(error['input'])} `{_short(error['input'])}`"
+        return _of_another_kind(error, where, _EXPECTED[kind])
     if kind == "greater_than_equal":
         return f"{key}: must be {error['ctx']['ge']} or more"
     if kind == "less_than_equal":

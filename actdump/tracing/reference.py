@@ -1,6 +1,7 @@
 """Modules of a model by their place, and the model itself."""
 
 import operator
+import os
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -142,7 +143,7 @@ def wrap(module: nn.Module, tokenizer: Any = None) -> Model:
     return Model(module, tokenizer)
 
 
-def load(name: str | None = None, **options: Any) -> Model:
+def load(name: str | os.PathLike[str] | None = None, **options: Any) -> Model:
     """A model of the hub or a local folder, with its tokenizer, ready for `trace`.
 
     Args:
@@ -156,5 +157,5 @@ def load(name: str | None = None, **options: Any) -> Model:
     from actdump import model
     from actdump.spec import TokenizerSpec, model_spec
 
-    source = model.find(model_spec(name, options))
+    source = model.find(model_spec(None if name is None else os.fspath(name), options))
     return Model(model.load(source), model.load_tokenizer(TokenizerSpec(), source))
