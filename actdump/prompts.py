@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -113,22 +113,9 @@ def _decoded(file: Any, name: str) -> Iterator[tuple[str, str]]:
             raise SpecError(f"{name}:{number}: not UTF-8 text: {error.reason} at byte {error.start} of the line") from None
 
 
-class _NoNumberError(Exception):
-    """`NaN`, `Infinity` or `-Infinity`, which Python reads and other programs do not."""
-
-
-def _no_number(name: str) -> NoReturn:
-    raise _NoNumberError(name)
-
-
-_DECODER = json.JSONDecoder(parse_constant=_no_number)
-
-
 def _json_row(line: str, where: str, spec: PromptsSpec) -> _Found:
     try:
-        value = _DECODER.decode(line)
-    except _NoNumberError as error:
-        raise SpecError(f"{where}: {error} is not a number in JSON; use null") from None
+        value = json.loads(line)
     except json.JSONDecodeError as error:
         blank = "the line is empty; remove it" if not line.strip() else f"not JSON: {error.msg} at column {error.colno}"
         raise SpecError(f"{where}: {blank}") from None

@@ -576,7 +576,7 @@ def test_a_missing_prompt_file() -> None:
 
 LINES = {
     "bad JSON": ('{"input_ids": [1]\n', "p.jsonl:2: not JSON: "),
-    "no number": ('{"input_ids": [1], "score": NaN}\n', "p.jsonl:2: NaN is not a number in JSON; use null"),
+    "no number": ('{"input_ids": [1], "score": NaN}\n', "p.jsonl:2: NaN or an infinite number, which JSON has not; use null"),
     "empty line": ("\n", "p.jsonl:2: the line is empty; remove it"),
     "a list": ("[1, 2]\n", "p.jsonl:2: a line must be a JSON object or text, not [1, 2]"),
     "no content": ('{"label": 1}\n', "p.jsonl:2: a prompt needs exactly one of"),

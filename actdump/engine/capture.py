@@ -97,23 +97,21 @@ class _Catch:
         self.sink = sink
         self.rows: list[Rows | None] = [None] * len(sites)
         self._calls = [0] * len(sites)
-        self._wanted = [site.wanted for site in sites]
-        self._plain = [sink is None and padded.even and site.plain for site in sites]
         self._copies: list[tuple[int, Tensor]] = []
-        self._to_end = any((site.tap.call or 0) < 0 for site in sites)  # a longer prompt may have more calls
-        self._missing = set(range(len(sites)))
+        self._left = len(sites)
+        self._plain = sink is None and padded.even
 
     def seen(self, place: int, held: Any) -> None:
-        call = self._calls[place]
+        site, call = self.sites[place], self._calls[place]
         self._calls[place] = call + 1
-        if call != self._wanted[place]:
+        if call != site.wanted:
             return
-        if self._plain[place] and isinstance(held, Tensor):  # looked at afterwards: in a small forward every line here shows
+        if self._plain and site.plain and isinstance(held, Tensor):  # looked at afterwards: in a small forward every line shows
             self._copies.append((place, held.clone()))
         else:
             self._take(place, held)
-        self._missing.remove(place)
-        if not self._missing and not self._to_end:
+        self._left -= 1
+        if not self._left and not any(site.late for site in self.sites):
             raise Stop
 
     def _take(self, place: int, held: Any) -> None:
@@ -145,10 +143,11 @@ class _Catch:
         Raises:
             DataError: a site did not fire, or not as often as in the probe, or what it held has another shape.
         """
-        for place in self._missing:
-            raise DataError(f"{self.sites[place].tap.name}: its module did not run in this forward, though it did in the probe")
-        if self._calls != [site.calls for site in self.sites]:
-            self._check_calls()
+        for site, count in zip(self.sites, self._calls, strict=True):
+            if count <= site.wanted:
+                raise DataError(f"{site.tap.name}: its module did not run in this forward, though it did in the probe")
+            if count != site.calls:
+                self._check_calls(site, count)
         for place, copy in self._copies:
             site = self.sites[place]
             if copy.dtype == site.dtype and copy.shape == self.padded.shape(site):
@@ -156,19 +155,17 @@ class _Catch:
             else:
                 self._take(place, copy)
 
-    def _check_calls(self) -> None:
+    def _check_calls(self, site: Site, count: int) -> None:
         """Make sure that a call that is not counted from the first is the one that the probe found; a forward may stop before the others.
 
         Raises:
             DataError: it is not.
         """
-        for site, count in zip(self.sites, self._calls, strict=True):
-            call, calls = site.tap.call, cast(int, site.calls)
-            if (call is None and count > calls) or (call is not None and call < 0 and count != calls):
-                raise DataError(
-                    f"{site.tap.name}: its module ran {count} times for prompts of {self.padded.width} tokens and {site.calls} times "
-                    "in the probe, so its calls cannot be told apart; name one that counts from the first, such as `call: 0`"
-                )
+        if site.late or (site.tap.call is None and count > cast(int, site.calls)):
+            raise DataError(
+                f"{site.tap.name}: its module ran {count} times for prompts of {self.padded.width} tokens and {site.calls} times "
+                "in the probe, so its calls cannot be told apart; name one that counts from the first, such as `call: 0`"
+            )
 
 
 def _narrower(rows: Tensor, computed: Tensor) -> bool:

@@ -84,6 +84,11 @@ class Site:
         """The place of the wanted call among those of one forward. Needs a probed site."""
         return (self.tap.call or 0) % cast(int, self.calls)
 
+    @cached_property
+    def late(self) -> bool:
+        """Whether a forward has to go on to its end, because the call is counted from the last, and a longer prompt may have more."""
+        return self.tap.call is not None and self.tap.call < 0
+
     @property
     def least(self) -> int:
         """How many tokens a prompt needs for every position that the tap names."""
@@ -183,7 +188,7 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
     """Values on a device. CUDA takes them from pinned memory when it comes to that; from any other, where the host has no more of it,
     the device is waited for, with all that it has still to do."""
     if device.type != "cuda":
-        return values.to(device)
+        return values if values.device == device else values.to(device)
     with suppress(RuntimeError):  # the host has no more of it
         values = values.pin_memory()
     return values.to(device, non_blocking=values.is_pinned())
