@@ -83,7 +83,7 @@ class _Kept:
     def moved(self) -> bool:
         """Whether an attribute is not what it was."""
         now = vars(self.module)
-        return any(now.get(name) is not value for name, value in self.attributes.items())
+        return any(not _same(now.get(name), value) for name, value in self.attributes.items())
 
     def restored(self) -> bool:
         buffers = self.module._buffers
@@ -94,6 +94,11 @@ class _Kept:
         vars(self.module).update(self.attributes)
         buffers.update({name: self.tables[name].buffer for name in replaced})
         return True
+
+
+def _same(now: object, before: object) -> bool:
+    """Whether an attribute is what it was; a number may have been computed anew."""
+    return now is before or (isinstance(before, int | float | str) and type(now) is type(before) and now == before)
 
 
 def writes_to(tensor: Tensor) -> int | None:

@@ -67,6 +67,14 @@ def test_an_attribute_alone_is_given_back():
     assert not state.restored()
 
 
+def test_a_number_that_is_computed_anew_is_no_change():
+    module = Keeps().eval()
+    module.scale = 1 / 3
+    state = State(module)
+    module.scale = float("0.3333333333333333")
+    assert not state.restored()
+
+
 @pytest.mark.parametrize("module", [Keeps().train(), Keeps(TABLE + 1).eval()], ids=["training", "large"])
 def test_statistics_in_training_and_large_buffers_are_left_alone(module):
     state = State(module)
