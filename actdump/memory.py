@@ -42,7 +42,7 @@ def reworded(say: Callable[[Exception], ActdumpError]) -> Iterator[None]:
         yield
     except ActdumpError:
         raise
-    except Exception as error:
+    except Exception as error:  # told in full, and chained
         if out_of_memory(error):
             raise
         raise say(error) from error

@@ -31,7 +31,7 @@ def capture_whole(
     """
     kept: list[dict[int, Any]] = [{} for _ in sites]
     calls = [0] * len(sites)
-    known = all(site.calls is not None and (site.tap.call or 0) >= 0 for site in sites)
+    known = all(site.calls is not None and not site.late for site in sites)
     wanted = [_wanted_call(site) if known else None for site in sites]
     copies = _Copies()
 
