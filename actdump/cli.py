@@ -38,7 +38,7 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N prompts
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 LogJson = Annotated[bool, typer.Option("--log-json", help="Write progress, warnings and errors as JSON lines.")]
 Output = Annotated[
-    Path | None, typer.Option("-o", "--output", help="The folder to write, instead of the spec's.", show_default=False)
+    str | None, typer.Option("-o", "--output", help="The folder to write, instead of the spec's.", show_default=False)
 ]
 
 
@@ -90,10 +90,13 @@ def _load(path: Path, sets: list[str] | None, limit: int | None) -> "Spec":
     return spec.load(path, [*(sets or []), *([f"prompts.limit={limit}"] if limit is not None else [])])
 
 
-def _root(spec: "Spec", output: Path | None) -> Path:
-    if output is None and spec.output is None:
-        raise UsageError("`output` is missing: name the folder to write in the spec, or with -o")
-    root = output or Path(str(spec.output)).expanduser()
+def _root(spec: "Spec", output: str | None) -> Path:
+    given = spec.output if output is None else output
+    if not given:  # empty: a variable of a shell that was never set, and no wish to write here
+        raise UsageError(
+            f"`output` is {'missing' if given is None else 'empty'}: name the folder to write in the spec, or with -o"
+        )
+    root = Path(given).expanduser() if output is None else Path(given)  # a shell has expanded that one
     try:
         str(root).encode()
     except UnicodeEncodeError:
@@ -189,7 +192,7 @@ def check(spec: SpecFile, output: Output = None, sets: Sets = None, limit: Limit
     """Show what a run would keep: every tap's module, axes and exact bytes; parts, batches, padding; disk space."""
     with _quitting():
         loaded = _load(spec, sets, limit)
-        root = _root(loaded, output) if output or loaded.output else None
+        root = None if output is None and loaded.output is None else _root(loaded, output)
         with _located(loaded):
             _show_forecast(loaded, root, as_json, quiet=False)
 

@@ -115,7 +115,7 @@ def _decoded(file: Any, name: str) -> Iterator[tuple[str, str]]:
 
 def _json_row(line: str, where: str, spec: PromptsSpec) -> _Found:
     try:
-        value = json.loads(line)
+        value = _read_json(line)
     except json.JSONDecodeError as error:
         blank = "the line is empty; remove it" if not line.strip() else f"not JSON: {error.msg} at column {error.colno}"
         raise SpecError(f"{where}: {blank}") from None
@@ -125,38 +125,40 @@ def _json_row(line: str, where: str, spec: PromptsSpec) -> _Found:
         value = {"text": value}
     if not isinstance(value, dict):
         raise SpecError(f"{where}: a line must be a JSON object or text, not {json.dumps(value)[:40]}")
-    freed = _freed(spec)
-    given, aside = value, {name: entry for name, entry in value.items() if name in freed}  # in the order of the line
-    if spec.text != "text":
-        value = _renamed_text(value, where, spec.text)
-    if spec.id != "id":
-        if spec.id not in given:
-            raise SpecError(f"{where}: there is no field `{spec.id}`, which `prompts.id` names")
-        dropped = {"id", spec.id} - (_CONTENT if spec.text != "text" else set())
-        value = {"id": given[spec.id], **{key: entry for key, entry in value.items() if key not in dropped}}
-    found = _checked(value, where)
-    return found._replace(fields={**found.fields, **aside}) if aside else found
+    names = _CONTENT if spec.text == "text" else {spec.text}
+    fields = {name: entry for name, entry in value.items() if name not in names and name != spec.id}
+    return _checked(_content(value, where, spec) | _id(value, where, spec), where)._replace(fields=fields)
 
 
-def _freed(spec: PromptsSpec) -> set[str]:
-    """The names that have no meaning of their own in a row, because the spec names other fields: what stands there is the user's."""
-    content = _CONTENT if spec.text != "text" else set()
-    name = {"id"} if spec.id != "id" else set()
-    return (content | name) - {spec.text, spec.id}
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key `{next(key for key in keys if keys.count(key) > 1)}` is given twice")
+    return found
 
 
-def _renamed_text(value: dict[str, Any], where: str, name: str) -> dict[str, Any]:
-    """A row whose prompt is in the field that the user named."""
-    if name not in value:
+_read_json = json.JSONDecoder(object_pairs_hook=_once).decode
+
+
+def _content(value: dict[str, Any], where: str, spec: PromptsSpec) -> dict[str, Any]:
+    """The prompt in a line, by what it is. Where the user named its field, the usual names are fields like any other."""
+    if spec.text == "text":
+        return {name: entry for name, entry in value.items() if name in _CONTENT}
+    if spec.text not in value:
         raise SpecError(
-            f"{where}: there is no field `{name}`, which `prompts.text` names; there is {', '.join(value) or 'none'}"
+            f"{where}: there is no field `{spec.text}`, which `prompts.text` names; there is {', '.join(value) or 'none'}"
         )
-    content = value[name]
-    kind = "text"
-    if isinstance(content, list):
-        kind = "input_ids" if all(type(entry) is int for entry in content) else "messages"
-    rest = {key: entry for key, entry in value.items() if key not in (name, *_CONTENT)}
-    return {kind: content, **rest}
+    content = value[spec.text]
+    if not isinstance(content, list):
+        return {"text": content}
+    return {"input_ids" if all(type(entry) is int for entry in content) else "messages": content}
+
+
+def _id(value: dict[str, Any], where: str, spec: PromptsSpec) -> dict[str, Any]:
+    if spec.id not in value and spec.id != "id":
+        raise SpecError(f"{where}: there is no field `{spec.id}`, which `prompts.id` names")
+    return {"id": value.get(spec.id)}
 
 
 def _checked(value: dict[str, Any], where: str) -> _Found:

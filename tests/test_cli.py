@@ -136,6 +136,14 @@ def test_another_output() -> None:
     assert not Path("out").exists()
 
 
+def test_an_empty_output_is_not_the_working_folder() -> None:
+    """As from a variable of a shell that was never set."""
+    for command in ("run", "check", "explain"):
+        assert "`output` is empty" in actdump(command, "spec.yaml", "-o", "", code=2).stderr
+    assert "`output` is empty" in actdump("run", "spec.yaml", "--set", "output=''", code=2).stderr
+    assert not Path("plan.json").exists()
+
+
 def test_a_limit_takes_the_first_prompts() -> None:
     assert json.loads(actdump("run", "spec.yaml", "--limit", "2", "--json").stdout)["prompts"] == 2
     assert len(Path("out/prompts.jsonl").read_text().splitlines()) == 2

@@ -70,6 +70,8 @@ def test_other_names_of_fields(tmp_path: Path) -> None:
     assert list(free.fields.items()) == [("id", 1), ("input_ids", 2), ("text", 3), ("messages", 4)]  # as in every process
     (swapped,) = from_file(tmp_path / "p.jsonl", '{"q": "one", "text": "a"}', text="q", id="text")
     assert (swapped.content, swapped.id, swapped.fields) == ("one", "a", {})
+    (same,) = from_file(tmp_path / "p.jsonl", '{"text": "one", "id": 3}', id="text")
+    assert (same.content, same.id, same.fields) == ("one", "one", {"id": 3})
 
 
 def test_a_field_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
@@ -87,6 +89,8 @@ def test_a_field_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) 
         ('{"text": "a", "\\ud83d": 1}', "half a character"),
         ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "half a character"),
         ('{"input_ids": [1], "t": 1e999}', "NaN or an infinite number, which JSON has not; use null"),
+        ('{"text": "a", "text": "b"}', "cannot be read: the key `text` is given twice"),
+        ('{"text": "a", "about": {"x": 1, "y": 2, "x": 1}}', "cannot be read: the key `x` is given twice"),
         ('{"text": "a", "t": ' + "7" * 5000 + "}", "cannot be read: "),
         ('{"text": "a", "t": ' + "[" * 100_000 + "]" * 100_000 + "}", "cannot be read: "),
     ],
