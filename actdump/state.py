@@ -1,6 +1,8 @@
 """What a model keeps from one forward to the next, and how it is given back."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import call, itemgetter
 from typing import Any
 
 import torch
@@ -11,89 +13,142 @@ _OWN = frozenset(vars(nn.Module()))  # attributes in which torch keeps what a mo
 
 
 class State:
-    """The buffers of a model as they are now, with the other attributes of the modules that hold them.
+    """The buffers of a model and the plain attributes of its modules, as they are now.
 
     A forward in evaluation mode should leave them alone. Where it does not, its values hang on more than one prompt: rotary
     tables with `dynamic` or `longrope` scaling are computed for the widest row of a batch, and some are kept for the batches
     after it (https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py); Reformer settles
-    its number of buckets by its first long prompt.
-    In training mode nothing is watched: there a forward is meant to change the statistics of norms.
+    its number of buckets by its first long prompt; older remote code keeps rotary tables in plain attributes.
+    What is written into a buffer of more than `TABLE` elements, or into objects within attributes, is not seen. In training mode
+    nothing is watched: there a forward is meant to change the statistics of norms.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._kept = [_Kept.of(module) for module in model.modules() if module._buffers and not module.training]
-        # Every table and where it should stand, in one list, because it is gone through after every forward.
-        self._places = [(kept.module._buffers, name, table) for kept in self._kept for name, table in kept.tables.items()]
+        watched = [module for module in model.modules() if not module.training]
+        modules = [module for module in watched if module._buffers or not _of_torch(module)]
+        held = [each for module in modules for each in (vars(module), module._buffers)]
+        self._dictionaries = list(map(_Dictionary.of, held))
+        values = [value for each in self._dictionaries for value in each.values.values()]
+        self._containers = [_Container(value, value.copy()) for value in values if type(value) in (list, dict, set)]
+        inside = [value for each in self._containers for value in _values(each.held)]
+        tensors = {id(value): value for value in (*values, *inside) if isinstance(value, Tensor)}
+        small = (tensor for tensor in tensors.values() if tensor.numel() <= TABLE and tensor.device.type != "meta")
+        self._tables = list(map(_Table.of, small))
+        self._look = _Look(self._dictionaries, self._containers)
 
     def restored(self) -> bool:
         """Give back what forwards changed; whether they had changed anything."""
-        unmoved = all(buffers.get(name) is table.buffer and table.untouched for buffers, name, table in self._places)
-        if unmoved and not any(kept.moved for kept in self._kept):
-            return False
-        changed = [kept.restored() for kept in self._kept]
+        if self._look.same and all(table.untouched for table in self._tables):
+            return False  # of most models, after every forward
+        changed = [each.restored() for kept in (self._dictionaries, self._containers, self._tables) for each in kept]
         return any(changed)
+
+
+class _Look:
+    """A quick look at many dictionaries and containers, without a line of Python for each."""
+
+    def __init__(self, dictionaries: "Sequence[_Dictionary]", containers: "Sequence[_Container]") -> None:
+        self._held = [each.held for each in dictionaries]
+        self._sizes = list(map(len, self._held))
+        named = [each for each in dictionaries if each.values]
+        self._named, self._getters = [each.held for each in named], [itemgetter(*each.values) for each in named]
+        self._values = list(map(call, self._getters, self._named))
+        self._inside, self._copies = [each.held for each in containers], [each.copy for each in containers]
+
+    @property
+    def same(self) -> bool:
+        """Whether it is certain that all is as it was."""
+        try:
+            return (
+                list(map(len, self._held)) == self._sizes
+                and list(map(call, self._getters, self._named)) == self._values
+                and self._inside == self._copies
+            )
+        except (KeyError, RuntimeError, ValueError):  # one is gone; a tensor or an array stands where another one stood
+            return False
+
+
+def _of_torch(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own, which keep what lasts in buffers."""
+    return type(module).__module__.startswith("torch.nn.")
 
 
 @dataclass
 class _Table:
-    """A buffer, a copy of its values, and torch's count of the writes to it (not kept for inference tensors)."""
+    """A tensor that a module keeps, a copy of its values, and torch's count of the writes to it (not kept for inference tensors)."""
 
-    buffer: Tensor
+    tensor: Tensor
     copy: Tensor
     writes: int | None
 
     @staticmethod
-    def of(buffer: Tensor) -> "_Table":
-        return _Table(buffer, buffer.clone(), writes_to(buffer))
+    def of(tensor: Tensor) -> "_Table":
+        return _Table(tensor, tensor.detach().clone(), writes_to(tensor))
 
     @property
     def untouched(self) -> bool:
-        """Whether it is certain, without a look at the values, that nobody wrote into the buffer."""
-        return self.writes is not None and self.writes == self.buffer._version
+        """Whether it is certain, without a look at the values, that nobody wrote into the tensor."""
+        return self.writes is not None and self.writes == self.tensor._version
 
     def restored(self) -> bool:
         if self.untouched:
             return False
-        changed = not torch.equal(self.buffer, self.copy)
+        changed = not torch.equal(self.tensor, self.copy)
         if changed:
-            self.buffer.copy_(self.copy)
-        self.writes = writes_to(self.buffer)
+            with torch.no_grad():
+                self.tensor.copy_(self.copy)
+        self.writes = writes_to(self.tensor)
         return changed
 
 
 @dataclass
-class _Kept:
-    """A module, its tables, and its attributes beside those that torch keeps."""
+class _Dictionary:
+    """The attributes of a module, beside those that torch keeps, or its buffers."""
 
-    module: nn.Module
-    attributes: dict[str, Any]
-    tables: dict[str, _Table]
+    held: dict[str, Any]
+    values: dict[str, Any]
+    size: int
 
     @staticmethod
-    def of(module: nn.Module) -> "_Kept":
-        small = {
-            name: buffer
-            for name, buffer in module._buffers.items()
-            if buffer is not None and buffer.numel() <= TABLE and buffer.device.type != "meta"
-        }
-        attributes = {name: value for name, value in vars(module).items() if name not in _OWN}
-        return _Kept(module, attributes, {name: _Table.of(buffer) for name, buffer in small.items()})
-
-    @property
-    def moved(self) -> bool:
-        """Whether an attribute is not what it was."""
-        now = vars(self.module)
-        return any(not _same(now.get(name), value) for name, value in self.attributes.items())
+    def of(held: dict[str, Any]) -> "_Dictionary":
+        return _Dictionary(held, {name: value for name, value in held.items() if name not in _OWN}, len(held))
 
     def restored(self) -> bool:
-        buffers = self.module._buffers
-        replaced = [name for name, table in self.tables.items() if buffers.get(name) is not table.buffer]
-        written = [table.restored() for table in self.tables.values()]
-        if not replaced and not any(written) and not self.moved:
+        if len(self.held) == self.size and all(_same(self.held.get(name), value) for name, value in self.values.items()):
             return False
-        vars(self.module).update(self.attributes)
-        buffers.update({name: self.tables[name].buffer for name in replaced})
+        for new in [name for name in self.held if name not in self.values and name not in _OWN]:
+            del self.held[new]
+        self.held.update(self.values)
         return True
+
+
+@dataclass
+class _Container:
+    """A list, dictionary or set in an attribute, and what it held."""
+
+    held: Any
+    copy: Any
+
+    @property
+    def same(self) -> bool:
+        if isinstance(self.held, set):
+            return bool(self.held == self.copy)
+        keys = not isinstance(self.held, dict) or self.held.keys() == self.copy.keys()
+        return keys and len(self.held) == len(self.copy) and all(map(_same, _values(self.held), _values(self.copy)))
+
+    def restored(self) -> bool:
+        if self.same:
+            return False
+        if isinstance(self.held, list):
+            self.held[:] = self.copy
+        else:
+            self.held.clear()
+            self.held.update(self.copy)
+        return True
+
+
+def _values(held: Any) -> Iterable[Any]:
+    return held.values() if isinstance(held, dict) else held
 
 
 def _same(now: object, before: object) -> bool:

@@ -3,7 +3,9 @@
 import re
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 from zoo import VOCABULARY, Ladder, Step, Toy, build
 
+import actdump
 import actdump.engine.rows as rows_module
 from actdump.address import Slice, parse
 from actdump.engine import Fault, Measured, Site, bind, capture, capture_whole, evened, feed_for, positions, probe, stream
@@ -640,6 +643,55 @@ def test_the_pad_id_among_the_tokens_of_a_prompt(name):
     values = captured(model, [tap(f"{path}.output")], ids)[f"{path}.output"]
     for one, value in zip(ids, values, strict=True):
         assert_same(value, alone(model, one)[path, "output"][0])
+
+
+class Trimming(Toy):
+    """Takes pad ids at the end of its rows for padding where it is given no mask, and then looks at all the rest."""
+
+    config = SimpleNamespace(pad_token_id=1)
+
+    def forward(self, input_ids, attention_mask=None):
+        if attention_mask is None:
+            attention_mask = (input_ids != 1).long().flip(1).cumsum(1).flip(1) > 0
+        hidden = super().forward(input_ids)
+        return hidden + (hidden * attention_mask[..., None]).sum(1, keepdim=True)
+
+
+def test_the_pad_id_at_the_end_of_a_prompt():
+    model, ids = Trimming(), [[5, 7, 1], [9, 10, 11, 12, 1, 1], [3], [4, 2]]
+    values = captured(model, [tap("output")], ids)["output"]
+    for one, value in zip(ids, values, strict=True):
+        assert torch.equal(value, model(torch.tensor([one]))[0])
+
+
+@dataclass
+class Outcome:
+    hidden: torch.Tensor
+
+
+class Accumulating(Toy):
+    """Hands its hidden states from block to block in a dataclass, and each block writes into them."""
+
+    def __init__(self):
+        super().__init__(*[lambda outcome: Outcome(outcome.hidden.mul_(2))] * 3)
+
+    def forward(self, input_ids):
+        outcome = Outcome(self.embed(input_ids))
+        for layer in self.layers:
+            outcome = layer(outcome)
+        return outcome.hidden
+
+
+def test_what_a_dataclass_holds_is_copied_too():
+    model, ids = Accumulating(), prompts()
+    values = captured(model, [tap("layers[0].output.hidden"), tap("layers[2].output.hidden")], ids)
+    for one, first, last in zip(ids, *values.values(), strict=True):
+        assert torch.equal(first, model.embed(torch.tensor(one)) * 2)
+        assert torch.equal(last, model.embed(torch.tensor(one)) * 8)
+    traced = actdump.wrap(model)
+    with traced.trace(ids[0]):
+        outcome = traced.layers[0].output.save()
+    assert torch.equal(outcome.hidden[0], model.embed(torch.tensor(ids[0])) * 2)
 
 
 # ---------------------------------------------------------------------------------------------------- binding and sites

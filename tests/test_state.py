@@ -67,6 +67,57 @@ def test_an_attribute_alone_is_given_back():
     assert not state.restored()
 
 
+class Plain(nn.Module):
+    """Has no buffers."""
+
+
+def grown(module):
+    """As a table that is made for the longest prompt so far."""
+    module.cos, module.reach = torch.zeros(4), 32
+
+
+def noted(module):
+    module.notes["seen"], module.lengths[0] = 32, 32
+    module.lengths.append(7)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        grown,
+        noted,
+        lambda module: module.angles.zero_(),
+        lambda module: setattr(module, "new", 1),
+        lambda module: delattr(module, "reach"),
+        lambda module: module.register_buffer("first", torch.ones(1)),
+        lambda module: module.heads.discard(3),
+    ],
+)
+def test_a_module_without_buffers_is_given_back_too(change):
+    module = Plain().eval()
+    module.cos, module.angles, module.reach = None, torch.ones(4), 16
+    module.notes, module.lengths, module.heads = {"a": 1}, [16], {3}
+    before = {name: value for name, value in vars(module).items() if name != "angles"}
+    contents = [dict(module.notes), list(module.lengths), set(module.heads), dict(module._buffers)]
+    state = State(nn.Sequential(module))
+    for _ in range(2):
+        change(module)
+        assert state.restored()
+        assert {name: value for name, value in vars(module).items() if name != "angles"} == before
+        assert [module.notes, module.lengths, module.heads, module._buffers] == contents
+        assert module.angles.tolist() == [1] * 4
+        assert not state.restored()
+
+
+def test_a_large_table_that_is_replaced_is_put_back():
+    module = Keeps(TABLE + 1).eval()
+    table, state = module.table, State(module)
+    replaced(module)
+    assert state.restored()
+    assert module.table is table
+    assert module.reach == 16
+
+
 def test_a_number_that_is_computed_anew_is_no_change():
     module = Keeps().eval()
     module.scale = 1 / 3

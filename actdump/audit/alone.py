@@ -3,9 +3,10 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from inspect import Parameter, signature
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -266,6 +267,8 @@ def _copy(held: Any) -> Any:
         return {key: _copy(value) for key, value in held.items()}
     if isinstance(held, tuple) and hasattr(held, "_fields"):
         return type(held)(*map(_copy, held))
+    if is_dataclass(held) and not isinstance(held, type):
+        return SimpleNamespace(**{each.name: _copy(getattr(held, each.name)) for each in fields(held)})
     return [_copy(value) for value in held] if isinstance(held, tuple | list) else held
 
 

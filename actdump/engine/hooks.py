@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy as shallow
+from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -157,10 +159,18 @@ def copied(value: Any, copy: Callable[[Tensor], Tensor] = Tensor.clone) -> Any:
         return copy(value)
     if isinstance(value, Mapping):
         copies = {key: copied(entry, copy) for key, entry in value.items()}
-        return copies if type(value) is dict else type(value)(**copies)
+        try:
+            return copies if type(value) is dict else type(value)(**copies)
+        except TypeError:  # made in another way, as a tokenizer's result
+            return copies
     if isinstance(value, tuple | list):
         entries = [copied(entry, copy) for entry in value]
         return type(value)(*entries) if hasattr(type(value), "_fields") else type(value)(entries)
+    if is_dataclass(value) and not isinstance(value, type):
+        twin = shallow(value)
+        for each in fields(value):
+            object.__setattr__(twin, each.name, copied(getattr(value, each.name), copy))
+        return twin
     return value
 
 

@@ -113,12 +113,18 @@ def _probe(
 
 
 def _reads_pad(model: nn.Module, sites: Sequence[Site | None], feed: Feed, ids: Tensor) -> bool:
-    """Whether a prompt with the pad id among its tokens has other values where a mask says that all of it is to be looked at."""
-    ids = ids.clone()
-    ids[0, ALONE[1] // 2] = feed.pad
+    """Whether a prompt with the pad id among its tokens has other values where a mask says that all of it is to be looked at.
+
+    First, in the middle or last, because some models take only what stands at an end for padding.
+    """
     bound = [site for site in sites if site is not None]
-    without, full = (observe(model, bound, feed, ids, mask) for mask in (None, torch.ones_like(ids)))
-    return not all(map(same_bits, _row_values(bound, without, ALONE, 0), _row_values(bound, full, ALONE, 0)))
+    for place in (0, ALONE[1] // 2, ALONE[1] - 1):
+        padded = ids.clone()
+        padded[0, place] = feed.pad
+        without, full = (observe(model, bound, feed, padded, mask) for mask in (None, torch.ones_like(padded)))
+        if not all(map(same_bits, _row_values(bound, without, ALONE, 0), _row_values(bound, full, ALONE, 0))):
+            return True
+    return False
 
 
 def _row_values(
