@@ -33,8 +33,8 @@ class Limits:
     rtol: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.atol >= 0 and self.rtol >= 0):
-            raise UsageError(f"atol {self.atol} and rtol {self.rtol}: a limit is a number from 0 on")
+        if not (0 <= self.atol < math.inf and 0 <= self.rtol < math.inf):
+            raise UsageError(f"atol {self.atol} and rtol {self.rtol}: a limit is a finite number from 0 on")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, SupportsIndex, overload
@@ -79,7 +79,7 @@ class Dump:
         self.names = [column.name for column in manifest.columns]
         self.prompts = Prompts(self)
         self._firsts = [shard.first for shard in manifest.shards]
-        self._open: dict[int, OpenShard] = {}
+        self._open = lru_cache(KEPT)(lambda place: OpenShard(folder, manifest.shards[place]))
 
     def __getitem__(self, name: str) -> "Values":
         """The values of a tap, by the user's name, the address as written, or the resolved address.
@@ -110,12 +110,7 @@ class Dump:
 
     def shard_of(self, number: int) -> "OpenShard":
         """The shard that holds a prompt, opened."""
-        place = bisect_right(self._firsts, number) - 1
-        if place not in self._open:
-            if len(self._open) == KEPT:
-                del self._open[next(iter(self._open))]
-            self._open[place] = OpenShard(self.folder, self.manifest.shards[place])
-        return self._open[place]
+        return self._open(bisect_right(self._firsts, number) - 1)
 
 
 @dataclass

@@ -2,14 +2,16 @@
 
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from needs import need_model
 
 import actdump
-from actdump import job, verify
+from actdump import job, reader, verify
 from actdump.errors import DataError, MissingError, UsageError
 from actdump.spec import Spec
 
@@ -208,11 +210,35 @@ def test_a_dump_that_was_read_goes_to_other_processes(dump):
     assert pickle.loads(pickle.dumps(dump)).prompts[3] == dump.prompts[3]
 
 
-def test_reading_is_lazy(dump):
+@pytest.fixture
+def mapped(monkeypatch):
+    """The shards that were mapped into memory, in order."""
+    seen, mapping = [], safetensors.safe_open
+    monkeypatch.setattr(safetensors, "safe_open", lambda path, framework: seen.append(path.stem) or mapping(path, framework))
+    return seen
+
+
+def test_reading_is_lazy(dump, mapped):
     dump["last block"][0]
-    assert set(dump._open) == {0}
+    assert mapped == ["00000"]
     dump["last block"].rows[12:13]
-    assert set(dump._open) == {0, 1}
+    assert mapped == ["00000", "00001"]
+    dump["last block"][0]
+    assert mapped == ["00000", "00001"]
+
+
+def test_few_shards_stay_mapped_however_many_threads_read(dump, root, monkeypatch, mapped):
+    monkeypatch.setattr(reader, "KEPT", 1)
+    few = actdump.open(root)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda turn: few["last block"][turn % len(LENGTHS)], range(200)))
+    assert all(torch.equal(value, dump["last block"][turn % len(LENGTHS)]) for turn, value in enumerate(found))
+    few["last block"][0], few["last block"][-1]
+    mapped.clear()
+    few["last block"][-1]
+    assert mapped == []
+    few["last block"][0]
+    assert mapped == ["00000"]
 
 
 def test_a_value_is_the_callers_own(dump, root):

@@ -100,6 +100,18 @@ def test_values_whose_squares_overflow_are_finite_all_the_same():
     assert [found.mean, found.norm] == pytest.approx([-1e30, 2e30])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("centre", "deviation"), [(1000, 0.01), (-100, 0.01), (1, 0.001), (5, 0)])
+def test_a_deviation_that_is_small_beside_the_mean(centre, deviation, dtype):
+    values = (centre + deviation * torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).to(
+        dtype
+    )
+    true = values.double().std(correction=0).item()
+    assert measured(values, (50,)).std == pytest.approx(true, rel=1e-6, abs=1e-9)
+    halves = merged([measured(values[:25], (25,)), measured(values[25:], (25,))])
+    assert halves.std == pytest.approx(true, rel=1e-2, abs=1e-6)
+
+
 def test_bare_elements_have_no_norm():
     found = measured(torch.arange(18.0), (3,), FLAT)
     assert (found.rows, found.values, found.norm, found.rows_by_position) == (18, 18, None, ())

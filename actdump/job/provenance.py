@@ -62,7 +62,7 @@ def _git() -> dict[str, Any] | None:
 
     def ask(*words: str) -> str:
         return subprocess.run(
-            ["git", "--no-optional-locks", *words], capture_output=True, text=True, check=True, timeout=10
+            ["git", "--no-optional-locks", *words], capture_output=True, text=True, errors="replace", check=True, timeout=10
         ).stdout.strip()
 
     try:

@@ -144,7 +144,7 @@ class _Document:
         if not equals or not path:
             raise UsageError(f"--set {override}: write it as key=value, as in --set model.dtype=float32")
         self.label = f"--set {path}"
-        where: Where = tuple(int(key) if key.isdigit() else key for key in path.split("."))
+        where: Where = tuple(int(key) if key.isdecimal() else key for key in path.split("."))
         value = self._given(text, where)
         if where[0] == "model" and len(where) > 1 and isinstance(self.data.get("model"), str):
             self.data["model"] = {"name": self.data["model"]}
@@ -220,7 +220,7 @@ class _Document:
     def _order(self, line: str) -> int:
         """Lines of the file from the top, then overrides."""
         number = line.removeprefix(f"{self.name}:").partition(",")[0]
-        return int(number) if number.isdigit() else sys.maxsize
+        return int(number) if number.isdecimal() else sys.maxsize
 
     def _mistake(self, line: str, text: str) -> None:
         self.mistakes.append((line, text))

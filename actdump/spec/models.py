@@ -361,7 +361,7 @@ class Spec(_Strict):
         found = re.match(r"([a-z_]+)((?:\.\w+|\[\d+\])*): ", message)
         if found is None or found[1] not in Spec.model_fields:
             return None
-        parts = (int(part) if part.isdigit() else part for part in re.findall(r"\w+", found[2]))
+        parts = (int(part) if part.isdecimal() else part for part in re.findall(r"\w+", found[2]))
         where = (found[1], *parts)
         return self._line(*(where[:size] for size in range(len(where), 0, -1)))
 

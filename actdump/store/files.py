@@ -66,7 +66,8 @@ def write(descriptor: int, content: bytes | memoryview, offset: int | None = Non
 
 
 def to_json(value: object) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    """JSON; of a name that is not UTF-8, as of a folder, the escapes that JSON has for it."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def free_space(path: Path) -> int:
