@@ -395,6 +395,7 @@ def schema() -> None:
 def main() -> None:
     """The entry point."""
     _write_all()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")  # its advice is not for who runs actdump, and no JSON line
     try:
         app()
     except SystemExit as end:

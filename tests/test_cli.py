@@ -136,6 +136,15 @@ def test_another_output() -> None:
     assert not Path("out").exists()
 
 
+def test_what_transformers_says_stays_out_of_the_log() -> None:
+    """It warns of padding without a mask wherever the pad id is among the tokens."""
+    Path("spec.yaml").write_text(SPEC.replace("model_type: gpt2", "model_type: gpt2, pad_token_id: 3"))
+    done = in_bash("actdump run spec.yaml --log-json && actdump run spec.yaml -o quiet -q >&2")
+    *lines, quiet = done.stderr.splitlines()
+    assert [json.loads(line) for line in lines]
+    assert quiet == "quiet/manifest.json"
+
+
 def test_an_empty_output_is_not_the_working_folder() -> None:
     """As from a variable of a shell that was never set."""
     for command in ("run", "check", "explain"):

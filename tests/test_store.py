@@ -25,6 +25,7 @@ from actdump.plan import SHARDS, Budget, Column, Layout, Part, Slice, Span, make
 from actdump.prompts import Prompt
 from actdump.statistics import Statistics
 from actdump.store import pending as pendings
+from actdump.store.files import to_json
 
 LENGTHS = (3, 1, 4, 2)
 IDS = [np.arange(length, dtype=np.int32) + 10 * place for place, length in enumerate(LENGTHS)]
@@ -104,6 +105,12 @@ def mode(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------- shards
+
+
+def test_what_is_not_utf_8_is_written_with_the_escapes_of_json():
+    """As the name of a working folder can be."""
+    value = {"model": "caf\udce9", "id": "\u00e9"}
+    assert json.loads(to_json(value).decode()) == value
 
 
 def test_a_shard_is_a_safetensors_file_with_its_header_first(folder):
