@@ -913,3 +913,89 @@ def test_the_vocabulary_is_that_of_the_text():
     assert torch.equal(value, module.words(torch.tensor([[5, 39]])))
     with pytest.raises(UsageError, match="0 to 39"):
         model.trace([40])
+
+
+# ------------------------------------------------------------------------------------------------- a model that is changed
+
+
+class Gated(nn.Module):
+    """Adds to each token the mean of all, as far as its gate is open, once or several times."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(()))
+        self.ahead_too, self.loops = True, 1
+        self.step = nn.Linear(8, 8)
+
+    def forward(self, hidden, mask):
+        for _ in range(self.loops):
+            hidden = self.step(hidden)
+        real = torch.ones(hidden.shape[:2]) if mask is None else mask
+        total = (hidden * real[..., None]).cumsum(1)
+        return hidden + self.gate * (total[:, -1:] if self.ahead_too else total)
+
+
+class Mixing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(40, 8)
+        self.layers = nn.ModuleList([Gated(), Gated()])
+        self.layers[1].gate.data.fill_(1)
+        self.layers[1].ahead_too = False
+
+    def forward(self, input_ids, attention_mask=None):
+        hidden = self.embedding(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask)
+        return hidden
+
+
+def open_gate(module):
+    with torch.no_grad():
+        module.layers[0].gate.fill_(1)
+
+
+def load_gate(module):
+    module.load_state_dict({**module.state_dict(), "layers.0.gate": torch.ones(())})
+
+
+def other_layer(module):
+    module.layers[0] = Gated().eval()
+    open_gate(module)
+
+
+def look_ahead(module):
+    module.layers[1].ahead_too = True
+
+
+@pytest.mark.parametrize("change", [open_gate, load_gate, other_layer, look_ahead, lambda module: module.double()])
+def test_a_model_that_is_changed_between_traces_is_probed_again(change):
+    torch.manual_seed(0)
+    module = Mixing().eval()
+    model = wrap(module)
+    for changed in (False, True):
+        if changed:
+            change(module)
+        with torch.no_grad(), model.trace(SEVERAL):
+            saved = model.layers[-1].output.save()
+        for prompt, value in zip(SEVERAL, saved, strict=True):
+            alone = module(torch.tensor([prompt])).detach()
+            assert value.dtype == alone.dtype
+            torch.testing.assert_close(value, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompts", [[5, 3], SEVERAL])
+def test_a_module_that_comes_to_run_more_often_is_counted_again(prompts):
+    module = Mixing().eval()
+    model = wrap(module)
+    with model.trace(prompts):
+        model.layers[0].step.output.save()
+    module.layers[0].loops = 3
+    with pytest.raises(AddressError, match="runs 3 times"), model.trace(prompts):
+        model.layers[0].step.output.save()
+    with model.trace(prompts):
+        last = model.layers[0].step.output.save(call=-1)
+    hidden = module.embedding(torch.tensor([SEVERAL[0]]))
+    for _ in range(3):
+        hidden = module.layers[0].step(hidden)
+    torch.testing.assert_close(last.value if prompts == [5, 3] else last[0], hidden)

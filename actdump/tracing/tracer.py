@@ -13,7 +13,7 @@ from actdump.address import Address
 from actdump.engine import Feed, Site, bind, capture, capture_whole, feed_for, probe
 from actdump.errors import AddressError, TraceError, UsageError
 from actdump.plan import Batch, Budget, batches
-from actdump.state import State
+from actdump.state import State, writes_to
 from actdump.tap import Tap
 from actdump.tracing.values import Saved
 
@@ -27,7 +27,8 @@ class Traced:
     Attributes:
         open: the block that is open, if one is.
         calls: how often a module ran in forwards on that kind of input, once counted, by the number of tokens.
-        probed: sites with their axes, and how to run the model for them, by address, call and kind of arithmetic.
+        probed: sites with their axes, and how to run the model for them, by address, call and autocast type.
+        left: the model as the last trace left it; what was counted and probed holds as long as nobody changes it.
     """
 
     module: nn.Module
@@ -35,6 +36,37 @@ class Traced:
     open: "Tracer | None" = None
     calls: dict[tuple[object, ...], dict[int, int]] = field(default_factory=dict)
     probed: dict[tuple[object, ...], tuple[Site, Feed]] = field(default_factory=dict)
+    left: "_Standing | None" = None
+
+    def forget_if_changed(self) -> None:
+        """Forget what was counted and probed, where somebody changed the model since the last trace."""
+        if self.left is None or self.left.facts != _Standing.of(self.module).facts:
+            self.calls.clear()
+            self.probed.clear()
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """What a model consists of: modules with their plain attributes, weights and buffers. What is written through `.data` is not seen.
+
+    Attributes:
+        parts: the modules and tensors, held so that no other one comes to the same identity.
+    """
+
+    facts: list[object]
+    parts: list[object]
+
+    @staticmethod
+    def of(model: nn.Module) -> "_Standing":
+        modules, tensors = list(model.modules()), [*model.parameters(), *model.buffers()]
+        facts = [(id(each), *_plain(each)) for each in modules]
+        contents = [(id(each), writes_to(each), each.dtype, each.device) for each in tensors]
+        return _Standing([*facts, *contents, *_plain(getattr(model, "config", None))], [*modules, *tensors])
+
+
+def _plain(owner: object) -> list[object]:
+    attributes = getattr(owner, "__dict__", {})
+    return [(name, value) for name, value in attributes.items() if isinstance(value, bool | int | float | str)]
 
 
 @dataclass(frozen=True)
@@ -141,7 +173,12 @@ class Tracer:
         if kind is not None or not saved:
             return
         run = _run_whole if isinstance(self._work, _Forward) else _run_each
-        for each, value in zip(saved.values(), run(self.traced, cast(Any, self._work), list(saved)), strict=True):
+        self.traced.forget_if_changed()
+        try:
+            values = run(self.traced, cast(Any, self._work), list(saved))
+        finally:
+            self.traced.left = _Standing.of(self.traced.module)
+        for each, value in zip(saved.values(), values, strict=True):
             each.fill(value)
 
 
@@ -191,12 +228,9 @@ def _probed(traced: Traced, taps: Sequence[Tap]) -> tuple[list[Site], Feed]:
                 f"`{tap.address}[0][0]`, or trace the prompts one by one"
             )
     feed = feed_for(traced.module)
-    kind = _arithmetic(traced.module, feed)
-    modules = [site.module for site in bind(traced.module, taps)]  # a module may have been put in another's place
-    known = [traced.probed.get((tap, kind)) for tap in taps]
-    new = [
-        tap for tap, found, module in zip(taps, known, modules, strict=True) if found is None or found[0].module is not module
-    ]
+    device = feed.device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    new = [tap for tap in taps if (tap, kind) not in traced.probed]
     if new:
         probed = probe(traced.module, bind(traced.module, new), feed)
         try:
@@ -208,10 +242,3 @@ def _probed(traced: Traced, taps: Sequence[Tap]) -> tuple[list[Site], Feed]:
     sites, feeds = zip(*(traced.probed[tap, kind] for tap in taps), strict=True)
     masked, reads_pad = any(each.masked for each in feeds), any(each.reads_pad for each in feeds)
     return list(sites), replace(feed, masked=masked, reads_pad=reads_pad)
-
-
-def _arithmetic(module: nn.Module, feed: Feed) -> tuple[object, ...]:
-    """What decides the types of values: a probe holds as long as it stays the same."""
-    device = feed.device.type
-    auto = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), None), auto, module.training
