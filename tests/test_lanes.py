@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -184,9 +185,25 @@ def written(module):
     module.blocks[0].forward = lambda given, weight=module.weight: weight.zero_()
 
 
+NOTED = {}
+
+
+def noted_in_a_global(module):
+    module.register_forward_pre_hook(lambda _module, _args, given: NOTED.update(given), with_kwargs=True)
+    module.last.register_forward_pre_hook(lambda _last, args: (args[0] + NOTED["input_ids"][..., None],))
+
+
+def noted_behind_a_reference(module):
+    owner = weakref.ref(module)
+    module.ids = torch.zeros(1, 1, dtype=torch.long)
+    module.last.register_forward_pre_hook(lambda _last, args: (args[0] + owner().ids[..., None],))
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
+        (noted_in_a_global, "a forward of its copy changes its values, or has other values"),
+        (noted_behind_a_reference, "a forward of its copy changes its values, or has other values"),
         (locked, "cannot pickle '_thread.lock' object"),
         (closed_over, "a forward of its copy runs its own Identity"),
         (written, "a forward writes into its weights or large buffers"),
@@ -297,8 +314,10 @@ def test_an_error_in_a_lane_ends_the_run_and_leaves_nothing_behind(tmp_path, mon
 
 
 @pytest.mark.parametrize("kind", [Stopped, KeyboardInterrupt])
-def test_a_stop_breaks_off_what_runs(kind):
-    module, ended, began = Small(blocks=300, moment=0).eval(), [], threading.Event()
+def test_a_stop_breaks_off_what_runs(kind, monkeypatch):
+    module, ended, began = Small(blocks=300).eval(), [], threading.Event()
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda _: sleep(0.01) if began.is_set() else None)
 
     def stop():
         if began.is_set():
@@ -310,10 +329,9 @@ def test_a_stop_breaks_off_what_runs(kind):
         ended.append(1)
 
     with pytest.raises(kind), opened(module, stop) as side:
-        module.moment = 0.01
         list(side.run(capture, [torch.ones(3, dtype=torch.long)] * 8))
     assert not ended
-    module.moment = 0
+    began.clear()
     module(torch.ones(1, 3, dtype=torch.long))  # it can be used again
 
 

@@ -3,16 +3,20 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from actdump.engine.hooks import read
 from actdump.engine.site import Feed, Site
 from actdump.engine.tiny import observe, probe_ids
 from actdump.state import TABLE, State, writes_to
+
+AMID = 5  # a forward is tried out at so many places of another, less one
 
 
 class BrokenOff(BaseException):
@@ -26,11 +30,11 @@ class InseparableError(Exception):
 def twin(model: nn.Module, sites: Sequence[Site], feed: Feed) -> tuple[nn.Module, list[Site], Feed]:
     """A model that shares its weights with another and has all the rest for itself; the sites and the feed that go with it.
 
-    Modules, their hooks and attributes, and buffers that a forward may compute anew (see `State`) are copies. That a forward of
-    the twin stays with them is tried out with a few tokens.
+    Modules, their hooks and attributes, and buffers that a forward may compute anew (see `State`) are copies. That forwards of
+    both have nothing to do with each other is tried out with a few tokens.
 
     Raises:
-        InseparableError: a forward of the twin runs modules of the model, or writes into what they share.
+        InseparableError: they have.
         Exception: something that hangs on a module cannot be copied.
     """
     shared = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.numel() > TABLE)]
@@ -39,19 +43,59 @@ def twin(model: nn.Module, sites: Sequence[Site], feed: Feed) -> tuple[nn.Module
     modules = dict(zip(model.modules(), other.modules(), strict=True))
     twins = [replace(site, module=modules[site.module]) for site in sites]
     its_feed = replace(feed, state=State(other))
-    _try_out(model, other, twins, its_feed, shared)
+    _try_out(model, _Twin(other, twins, its_feed), sites, feed, shared)
     return other, twins, its_feed
 
 
-def _try_out(model: nn.Module, other: nn.Module, sites: Sequence[Site], feed: Feed, shared: Sequence[Tensor]) -> None:
+def _try_out(model: nn.Module, other: "_Twin", sites: Sequence[Site], feed: Feed, shared: Sequence[Tensor]) -> None:
+    """See that forwards of both give what each gives by itself, one after another and one amid the other.
+
+    What a forward notes for its modules where both find it, as in a global or behind a weak reference, is seen by this.
+    """
+    one = probe_ids(feed)["alone"]
+    two = one.flip(1)
+    calls: list[nn.Module] = []
     ran: list[nn.Module] = []
     writes = [writes_to(tensor) for tensor in shared]
+    with before_each(model, calls.append):
+        first, second = observe(model, sites, feed, one), observe(model, sites, feed, two)
     with before_each(model, ran.append):
-        observe(other, sites, feed, probe_ids(feed)["alone"])
+        apart = other.observed(one)
     if ran:
         raise InseparableError(f"a forward of its copy runs its own {type(ran[0]).__name__}")
+    amid: list[list[list[Any]]] = []
+    places = {len(calls) // 2 * share // AMID for share in range(1, AMID)}
+    reached = count()
+
+    def pause(_: nn.Module) -> None:
+        if next(reached) in places:
+            amid.append(other.observed(one))
+
+    with before_each(model, pause):
+        paused = observe(model, sites, feed, two)
     if writes != [writes_to(tensor) for tensor in shared]:
         raise InseparableError("a forward writes into its weights or large buffers")
+    if not _same(sites, second, paused) or not all(_same(sites, first, seen) for seen in (apart, *amid)):
+        raise InseparableError("a forward of its copy changes its values, or has other values")
+
+
+@dataclass(frozen=True)
+class _Twin:
+    model: nn.Module
+    sites: Sequence[Site]
+    feed: Feed
+
+    def observed(self, ids: Tensor) -> list[list[Any]]:
+        return observe(self.model, self.sites, self.feed, ids)
+
+
+def _same(sites: Sequence[Site], seen: Sequence[list[Any]], others: Sequence[list[Any]]) -> bool:
+    """Whether two forwards gave the same values, bit for bit."""
+    return all(
+        len(calls) == len(again)
+        and all(torch.equal(read(site.tap, one)[0], read(site.tap, two)[0]) for one, two in zip(calls, again, strict=True))
+        for site, calls, again in zip(sites, seen, others, strict=True)
+    )
 
 
 @contextmanager
