@@ -202,8 +202,8 @@ def noted_behind_a_reference(module):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (noted_in_a_global, "a forward of its copy changes its values, or has other values"),
-        (noted_behind_a_reference, "a forward of its copy changes its values, or has other values"),
+        (noted_in_a_global, "forwards of both change each other's values"),
+        (noted_behind_a_reference, "forwards of both change each other's values"),
         (locked, "cannot pickle '_thread.lock' object"),
         (closed_over, "a forward of its copy runs its own Identity"),
         (written, "a forward writes into its weights or large buffers"),

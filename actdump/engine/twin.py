@@ -16,8 +16,6 @@ from actdump.engine.site import Feed, Site
 from actdump.engine.tiny import observe, probe_ids
 from actdump.state import TABLE, State, writes_to
 
-AMID = 5  # a forward is tried out at so many places of another, less one
-
 
 class BrokenOff(BaseException):
     """Ended a forward that nobody waits for."""
@@ -54,29 +52,27 @@ def _try_out(model: nn.Module, other: "_Twin", sites: Sequence[Site], feed: Feed
     """
     one = probe_ids(feed)["alone"]
     two = one.flip(1)
-    calls: list[nn.Module] = []
-    ran: list[nn.Module] = []
     writes = [writes_to(tensor) for tensor in shared]
-    with before_each(model, calls.append):
-        first, second = observe(model, sites, feed, one), observe(model, sites, feed, two)
+    ran: list[nn.Module] = []
     with before_each(model, ran.append):
         apart = other.observed(one)
     if ran:
         raise InseparableError(f"a forward of its copy runs its own {type(ran[0]).__name__}")
+    with before_each(model, ran.append):
+        by_itself = observe(model, sites, feed, two, like=apart)
     amid: list[list[list[Any]]] = []
-    places = {len(calls) // 2 * share // AMID for share in range(1, AMID)}
     reached = count()
 
     def pause(_: nn.Module) -> None:
-        if next(reached) in places:
-            amid.append(other.observed(one))
+        if next(reached) == len(ran) // 2:
+            amid.append(other.observed(one, like=apart))
 
     with before_each(model, pause):
-        paused = observe(model, sites, feed, two)
+        around = observe(model, sites, feed, two, like=apart)
     if writes != [writes_to(tensor) for tensor in shared]:
         raise InseparableError("a forward writes into its weights or large buffers")
-    if not _same(sites, second, paused) or not all(_same(sites, first, seen) for seen in (apart, *amid)):
-        raise InseparableError("a forward of its copy changes its values, or has other values")
+    if not _same(sites, by_itself, around) or not all(_same(sites, apart, seen) for seen in amid):
+        raise InseparableError("forwards of both change each other's values")
 
 
 @dataclass(frozen=True)
@@ -85,8 +81,8 @@ class _Twin:
     sites: Sequence[Site]
     feed: Feed
 
-    def observed(self, ids: Tensor) -> list[list[Any]]:
-        return observe(self.model, self.sites, self.feed, ids)
+    def observed(self, ids: Tensor, like: Sequence[list[Any]] | None = None) -> list[list[Any]]:
+        return observe(self.model, self.sites, self.feed, ids, like=like)
 
 
 def _same(sites: Sequence[Site], seen: Sequence[list[Any]], others: Sequence[list[Any]]) -> bool:
