@@ -4,6 +4,7 @@ import copy
 import io
 import operator
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -913,6 +914,25 @@ def test_the_vocabulary_is_that_of_the_text():
     assert torch.equal(value, module.words(torch.tensor([[5, 39]])))
     with pytest.raises(UsageError, match="0 to 39"):
         model.trace([40])
+
+
+def test_threads_that_trace_one_module_see_their_own_forwards_alone(gpt2):
+    """And a plain forward in another thread is left alone."""
+    prompts = [[place, place + 1, place + 2] for place in range(4)]
+
+    def expected(prompt):
+        return gpt2.transformer(torch.tensor([prompt]), use_cache=False).last_hidden_state
+
+    def traced(prompt):
+        model = wrap(gpt2)
+        for _ in range(40):
+            with model.trace(prompt):
+                saved = model.transformer.ln_f.output.save()
+            torch.testing.assert_close(saved.value, expected(prompt))
+        return True
+
+    with torch.no_grad(), ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(traced, prompts))
 
 
 # ------------------------------------------------------------------------------------------------- a model that is changed

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy as shallow
 from dataclasses import fields, is_dataclass
+from threading import get_ident
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -24,11 +25,18 @@ class Unfit(Exception):
 
 @contextmanager
 def hooked(sites: Sequence[Site], seen: Callable[[int, Any], None]) -> Iterator[None]:
-    """Call `seen(place, what the port holds)` whenever a site's module runs. Every hook comes off on every way out."""
+    """Call `seen(place, what the port holds)` whenever a site's module runs in this thread: what other threads run is not asked for.
+    Every hook comes off on every way out."""
     handles: list[RemovableHandle] = []
+    thread = get_ident()
+
+    def seen_here(place: int, held: Any) -> None:
+        if get_ident() == thread:
+            seen(place, held)
+
     try:
         for place, site in enumerate(sites):
-            handles.append(_hook(site, place, seen))
+            handles.append(_hook(site, place, seen_here))
         yield
     finally:
         for handle in handles:

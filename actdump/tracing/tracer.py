@@ -167,19 +167,24 @@ class Tracer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
-        self.traced.open = None
         self.over = True
         saved, self._saved = self._saved, {}
-        if kind is not None or not saved:
+        try:
+            values = [] if kind is not None or not saved else self._run(list(saved))
+        finally:
+            self.traced.open = None
+        if not values:
             return
+        for each, value in zip(saved.values(), values, strict=True):
+            each.fill(value)
+
+    def _run(self, taps: Sequence[Tap]) -> list[Any]:
         run = _run_whole if isinstance(self._work, _Forward) else _run_each
         self.traced.forget_if_changed()
         try:
-            values = run(self.traced, cast(Any, self._work), list(saved))
+            return run(self.traced, cast(Any, self._work), taps)
         finally:
             self.traced.left = _Standing.of(self.traced.module)
-        for each, value in zip(saved.values(), values, strict=True):
-            each.fill(value)
 
 
 def _run_whole(traced: Traced, forward: _Forward, taps: Sequence[Tap]) -> list[Any]:
