@@ -153,6 +153,8 @@ def run(
                 _show_forecast(loaded, root, as_json, quiet)
             else:
                 files = dependencies.of(loaded, spec, time)
+                if depfile is not None:
+                    files.check_apart(depfile, Folder(root))
                 rules = files.rules(Folder(root).manifest) if depfile is not None else b""
                 outcome = _run(loaded, root, overwrite, repair, this, signals, quiet)
                 files.date(outcome.path)

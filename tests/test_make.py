@@ -205,6 +205,16 @@ def test_a_depfile_that_is_a_link_or_a_pipe_stays_one():
     assert read == [Path("target.d").read_text()]
 
 
+@pytest.mark.parametrize("taken", ["out/manifest.json", "out/../out/plan.json", "spec.yaml", "prompts.jsonl"])
+def test_a_depfile_is_never_written_over_what_the_dump_needs(taken):
+    """As by `$@` in a recipe, where another name was meant."""
+    run()
+    before = Path(taken).read_bytes()
+    result = CliRunner().invoke(app, ["run", "spec.yaml", "--depfile", taken])
+    assert (result.exit_code, "name another" in result.stderr) == (2, True)
+    assert Path(taken).read_bytes() == before
+
+
 @pytest.mark.parametrize("words", [["--depfile", "."], ["--depfile", "prompts.jsonl/d"]])
 def test_a_depfile_that_cannot_be(words):
     said = actdump("run", "spec.yaml", *words, code=2 if words[1] == "." else 74)
