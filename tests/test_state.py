@@ -109,6 +109,23 @@ def test_a_module_without_buffers_is_given_back_too(change):
         assert not state.restored()
 
 
+class Proud:
+    def __eq__(self, other):
+        raise TypeError("incomparable")
+
+    __hash__ = None
+
+
+def test_what_cannot_be_compared_is_another():
+    module = Plain().eval()
+    module.cache = first = Proud()
+    state = State(module)
+    assert not state.restored()
+    module.cache = Proud()
+    assert state.restored()
+    assert module.cache is first
+
+
 def test_a_large_table_that_is_replaced_is_put_back():
     module = Keeps(TABLE + 1).eval()
     table, state = module.table, State(module)
