@@ -26,7 +26,7 @@ def open_dump(path: str | Path) -> "Dump":
         MissingError: the folder holds no finished dump.
         DataError: its manifest cannot be read.
     """
-    folder = Folder(Path(path))
+    folder = Folder(Path(path).absolute())  # it is read as needed, and by then the working folder may be another
     if folder.root.is_file():
         raise MissingError(f"{path} is a file; name the folder of a dump")
     if not folder.root.is_dir():
@@ -127,11 +127,14 @@ class OpenShard:
 
         path = self.folder.shard(self.shard.number)
         try:
-            return safe_open(path, framework="pt")
+            file = safe_open(path, framework="pt")
         except FileNotFoundError:
             raise DataError(f"{path}: the shard is missing") from None
         except Exception as error:  # safetensors raises its own error types
             raise DataError(f"{path}: not a whole safetensors file: {error}") from error
+        if (file.metadata() or {}).get("digest") != self.shard.digest:
+            raise DataError(f"{path}: a shard of another dump; was the dump made anew since it was opened? Open it again")
+        return file
 
     def offsets(self, name: str) -> Sequence[int]:
         """The first row of each prompt of the shard, and the number of rows."""
@@ -269,6 +272,8 @@ class Prompts:
     def _file(self) -> BinaryIO:
         path = self.dump.folder.prompts
         try:
+            if path.stat().st_size != self.dump.manifest.facts["prompts"]["bytes"]:
+                raise self._damaged
             return path.open("rb")
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}; `actdump run --repair` makes it again") from None

@@ -29,7 +29,7 @@ SAVE = {
 }
 
 
-def make_dump(root, **other):
+def make_dump(root, *, overwrite=False, **other):
     prompts = [{"input_ids": ids, "id": f"id {place}"} for place, ids in enumerate(IDS)]
     prompts[2] |= {"label": "third", "score": [1, 2.5]}
     spec = {
@@ -38,7 +38,7 @@ def make_dump(root, **other):
         "save": SAVE,
         "shard": {"tokens": 12},
     }
-    job.run(Spec.model_validate(spec | other), root)
+    job.run(Spec.model_validate(spec | other), root, overwrite=overwrite)
     return root
 
 
@@ -258,6 +258,28 @@ def test_opening_reads_no_shard(damaged):
     assert dump.manifest.prompts == 7
     with pytest.raises(DataError, match=r"00000\.safetensors: the shard is missing"):
         dump["pooled"][0]
+
+
+def test_a_dump_made_anew_is_not_mixed_with_the_one_that_was_opened(damaged):
+    """What was mapped before is the old dump's; nothing of the new one comes between."""
+    dump = actdump.open(damaged)
+    first = dump["last block"][0]
+    others = [{"input_ids": [number % 7 + 1 for number in ids], "id": f"other {place}"} for place, ids in enumerate(IDS)]
+    make_dump(damaged, prompts=others, overwrite=True)
+    assert torch.equal(dump["last block"][0], first)
+    with pytest.raises(DataError, match=r"shards/\d+\.safetensors: a shard of another dump.* Open it again"):
+        dump["last block"][6]
+    with pytest.raises(DataError, match=r"prompts\.jsonl: damaged"):
+        dump.prompts[0]
+    assert len(actdump.open(damaged)["last block"][6]) == LENGTHS[6]
+
+
+def test_a_dump_opened_by_a_relative_path_is_read_from_another_folder_too(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(root.parent)
+    dump = actdump.open(root.name)
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(dump["last block"][2], actdump.open(root)["last block"][2])
+    assert dump.prompts[2].id == "id 2"
 
 
 def test_prompts_that_are_gone_are_told(damaged):
