@@ -63,8 +63,13 @@ def _quitting(stopped: int = Stopped.code, log_json: bool = False, signals: Stop
         _quit(str(error), stopped if isinstance(error, Stopped) else error.code)
     except KeyboardInterrupt:
         _quit("interrupted" if signals is None else "interrupted; the same command goes on", 130)
-    except OSError as error:  # where no path was ours to word: a name that is too long, a full disk behind stdout
-        _quit(f"{error.filename or 'the output'}: {error.strerror or error}", StorageError.code)
+    except OSError as error:
+        _quit(_refused(error), StorageError.code)
+
+
+def _refused(error: OSError) -> str:
+    """What the file system refused, where no path was ours to word: a name that is too long, a full disk behind stdout."""
+    return f"{error.filename or 'the output'}: {error.strerror or error}"
 
 
 def _quit(message: str, code: int) -> NoReturn:
@@ -401,8 +406,12 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        _end_now(end.code)
-        raise
+        _end(end.code)
+    except OSError as error:  # where typer prints by itself, as for `--help`
+        from actdump import console
+
+        console.error(_refused(error))
+        _end(StorageError.code)
 
 
 def _write_all() -> None:
@@ -414,12 +423,19 @@ def _write_all() -> None:
             sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), sys.stdout.encoding, sys.stdout.errors, line_buffering=True)
 
 
-def _end_now(code: str | int | None) -> None:
+def _end(code: str | int | None) -> NoReturn:
     """End without waiting for what a stop abandoned, such as a model that is being loaded."""
+    from actdump import console
+
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # which was told; Python would try once more, and end with a code of its own
+        console.out.on_broken_pipe()
     if "actdump.job" in sys.modules:
         from actdump import job
 
         if job.abandoned():
-            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code if isinstance(code, int) else 1)
+    sys.exit(code)

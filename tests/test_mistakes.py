@@ -783,6 +783,19 @@ def test_a_log_on_a_full_disk_ends_no_run() -> None:
     assert (done.returncode, done.stdout) == (0, "out/manifest.json\n")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("word", ["--help", "schema"])
+def test_a_full_disk_behind_stdout_is_told_once(word: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([COMMAND, word], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (74, "error: the output: No space left on device\n")
+
+
+def test_a_closed_stdout_is_no_fault() -> None:
+    done = subprocess.run(f"{COMMAND} schema >&-", shell=True, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_result_that_is_cut_off_by_a_full_disk_is_no_success(unbuffered: str) -> None:
     need(os.geteuid() == 0, "only root can mount a small file system")
