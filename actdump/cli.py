@@ -96,12 +96,14 @@ def _load(path: Path, sets: list[str] | None, limit: int | None) -> "Spec":
 
 
 def _root(spec: "Spec", output: str | None) -> Path:
+    from actdump.spec import path_of
+
     given = spec.output if output is None else output
     if not given:  # empty: a variable of a shell that was never set, and no wish to write here
         raise UsageError(
             f"`output` is {'missing' if given is None else 'empty'}: name the folder to write in the spec, or with -o"
         )
-    root = Path(given).expanduser() if output is None else Path(given)  # a shell has expanded that one
+    root = path_of(given) if output is None else Path(given)  # a shell has expanded that one
     try:
         str(root).encode()
     except UnicodeEncodeError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event
 
 from actdump.errors import DataError, MissingError, UsageError
-from actdump.spec import ModelSpec, Spec
+from actdump.spec import ModelSpec, Spec, path_of
 
 # What a model folder consists of; the rest (README, optimizer states, logs) decides no activation.
 _MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py", ".tiktoken")
@@ -98,7 +98,7 @@ def of(spec: Spec, stdin: Path | None = None) -> Inputs:
     if spec.prompts.file is not None:
         files["prompts"] = stdin if spec.prompts.file == "-" and stdin is not None else _prompt_file(spec.prompts.file)
     files |= of_model(spec.model).files
-    if spec.tokenizer.name is not None and (folder := Path(spec.tokenizer.name).expanduser()).is_dir():
+    if spec.tokenizer.name is not None and (folder := path_of(spec.tokenizer.name)).is_dir():
         files |= {
             f"tokenizer/{path.name}": path for path in _model_files(folder, None) if path.suffix not in (".safetensors", ".bin")
         }
@@ -117,7 +117,7 @@ def of_model(spec: ModelSpec) -> Inputs:
 
 
 def _prompt_file(name: str) -> Path:
-    path = Path(name).expanduser()
+    path = path_of(name)
     if path.is_dir():
         raise MissingError(f"prompts: `{name}` is a folder, not a file")
     if name != "-" and not path.exists():

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from actdump.errors import MissingError, SpecError
-from actdump.spec import PromptsSpec, Row, said
+from actdump.spec import PromptsSpec, Row, path_of, said
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _rows(spec: PromptsSpec, stdin: Path | None) -> Iterator[tuple[_Found, str]]
 
 
 def _lines(name: str, stdin: Path | None) -> Iterator[tuple[str, str]]:
-    path = Path(name).expanduser() if stdin is None else stdin
+    path = path_of(name) if stdin is None else stdin
     try:
         file = path.open("rb")
     except FileNotFoundError:

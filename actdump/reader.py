@@ -127,7 +127,7 @@ class OpenShard:
 
         path = self.folder.shard(self.shard.number)
         try:
-            file = safe_open(path, framework="pt")
+            file: Any = safe_open(path, framework="pt")
         except FileNotFoundError:
             raise DataError(f"{path}: the shard is missing") from None
         except Exception as error:  # safetensors raises its own error types

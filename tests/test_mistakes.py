@@ -774,6 +774,22 @@ def test_a_file_size_limit() -> None:
     assert nothing_finished()
 
 
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("model", "`~nobody7/a.jsonl` is not a folder with a model"),
+        ("prompts.file", "there is no file `~nobody7/a.jsonl`"),
+        ("tokenizer.name", "none can be loaded from `~nobody7/a.jsonl`"),
+        ("output", ""),
+    ],
+)
+def test_a_path_of_a_user_that_is_not_there_is_a_path_like_any_other(key: str, told: str) -> None:
+    write_prompts(2, 4)
+    said = run(MANY, "--set", f"{key}=~nobody7/a.jsonl")
+    assert (said.code, said.err.count(told) > 0) == (66 if told else 0, True)
+    assert Path("~nobody7/a.jsonl/manifest.json").exists() != bool(told)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_log_on_a_full_disk_ends_no_run() -> None:
     write_prompts(10, 4)

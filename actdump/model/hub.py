@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import transformers
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 
 from actdump.errors import ActdumpError, DataError, MissingError, UsageError, did_you_mean
 from actdump.memory import out_of_memory
-from actdump.spec import ModelSpec
+from actdump.spec import ModelSpec, path_of
 
 # Errors whose messages are sentences; that of another one says little without its name.
 _SENTENCES = (
@@ -48,7 +47,7 @@ def ask_once(name: str, revision: str | None) -> None:
 
 def neighbours(name: str) -> list[str]:
     """The folders beside the one that a name would be as a path."""
-    parent = Path(name).expanduser().parent
+    parent = path_of(name).parent
     if "/" not in name or not parent.is_dir():
         return []
     return [str(path) for path in sorted(parent.iterdir()) if path.is_dir() and not path.name.startswith(".")]

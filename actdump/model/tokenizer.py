@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -12,7 +11,7 @@ from actdump.errors import MissingError, SpecError, did_you_mean
 from actdump.model.hub import ask_once, first_line, hub_options, neighbours, quiet
 from actdump.model.source import Source
 from actdump.prompts import Prompt
-from actdump.spec import TokenizerSpec
+from actdump.spec import TokenizerSpec, path_of
 
 T = TypeVar("T")
 
@@ -28,7 +27,7 @@ def load_tokenizer(spec: TokenizerSpec, source: Source) -> Any | None:
     name = spec.name or source.spec.source
     if name is None:
         return None
-    folder = Path(name).expanduser()
+    folder = path_of(name)
     if folder.is_dir() and source.spec.gguf_file is None and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
         if spec.name is not None:
             raise MissingError(f"tokenizer.name: there is no tokenizer in `{folder}`")

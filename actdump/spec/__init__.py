@@ -1,7 +1,7 @@
 """The spec: the YAML file as strict models. Every mistake in it is reported at once, with file, line and what would be right."""
 
 from actdump.spec.document import load, model_spec, said
-from actdump.spec.models import BatchSpec, ModelSpec, PromptsSpec, Row, SaveSpec, ShardSpec, Spec, Task, TokenizerSpec
+from actdump.spec.models import BatchSpec, ModelSpec, PromptsSpec, Row, SaveSpec, ShardSpec, Spec, Task, TokenizerSpec, path_of
 
 __all__ = [
     "BatchSpec",
@@ -15,5 +15,6 @@ __all__ = [
     "TokenizerSpec",
     "load",
     "model_spec",
+    "path_of",
     "said",
 ]

@@ -1,5 +1,6 @@
 """The spec as strict models: its keys, their defaults and their short forms."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,11 @@ Task = Literal["causal-lm", "masked-lm", "base", "text-encoding"]
 
 
 LOCAL = "local files"  # stands in a decisive spec for a path, because contents count and not names
+
+
+def path_of(name: str) -> Path:
+    """The path that a name means, `~` as in a shell: only what begins with it, and only where there is such a user."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 # Path's own takes `./~a` for a user's, and raises where there is none
 
 
 def kind_of(value: Any) -> str:
@@ -153,7 +159,7 @@ class ModelSpec(_Strict):
         """
         if self.source is None:
             return None
-        path = Path(self.source).expanduser()
+        path = path_of(self.source)
         if path.is_dir():
             return path
         if self.source.startswith((".", "/", "~")) or self.source.count("/") > 1 or path.exists():
@@ -344,7 +350,7 @@ class Spec(_Strict):
             plain["model"]["name" if self.model.name is not None else "config"] = LOCAL
         if self.prompts.file is not None:
             plain["prompts"].update(file=LOCAL, format=self.prompts.kind)
-        if self.tokenizer.name is not None and Path(self.tokenizer.name).expanduser().is_dir():
+        if self.tokenizer.name is not None and path_of(self.tokenizer.name).is_dir():
             plain["tokenizer"]["name"] = LOCAL
         return plain
 
