@@ -182,7 +182,7 @@ class Shard:
 
 
 def shard_to_json(shard: Shard) -> dict[str, Any]:
-    return {"format": VERSION, **asdict(shard)}
+    return {"format": VERSION, **asdict(shard), "statistics": statistics_to_json(shard.statistics)}
 
 
 def shard_from_json(value: Mapping[str, Any]) -> Shard:

@@ -12,6 +12,8 @@ POSITIONS = 8  # tokens at the beginning of a prompt whose norms are told apart:
 class Statistics:
     """What the values of a tap look like. Non-finite values are counted, and left out of all else, and their rows of the norms.
 
+    A figure that float64 does not hold, as the square of 1e200, is NaN; `null` in JSON, which has none.
+
     Attributes:
         rows: how many rows there are.
         values: how many numbers these hold.
@@ -50,7 +52,7 @@ def merged(parts: Sequence[Statistics]) -> Statistics:
         nonfinite=sum(part.nonfinite for part in parts),
         mean=mean,
         std=math.sqrt(spread),
-        norm=None if parts[0].norm is None else _weighed(normed, [part.norm or 0.0 for part in parts]),
+        norm=None if any(part.norm is None for part in parts) else _weighed(normed, [part.norm or 0.0 for part in parts]),
         largest=max(part.largest for part in parts),
         rows_by_position=tuple(map(sum, each)),
         norm_by_position=tuple(map(_weighed, each, norms)),
@@ -60,13 +62,24 @@ def merged(parts: Sequence[Statistics]) -> Statistics:
 
 def _weighed(weights: Sequence[float], values: Sequence[float]) -> float:
     total = math.fsum(weights)
-    return math.fsum(weight * value for weight, value in zip(weights, values, strict=True)) / total if total else 0.0
+    return math.fsum(weight / total * value for weight, value in zip(weights, values, strict=True)) if total else 0.0
 
 
 def statistics_to_json(statistics: Mapping[str, Statistics]) -> dict[str, Any]:
-    return {name: asdict(each) for name, each in statistics.items()}
+    return {name: {key: _told(figure) for key, figure in asdict(each).items()} for name, each in statistics.items()}
+
+
+def _told(figure: Any) -> Any:
+    if isinstance(figure, tuple):
+        return list(map(_told, figure))
+    return None if isinstance(figure, float) and math.isnan(figure) else figure
 
 
 def statistics_from_json(value: Mapping[str, Any]) -> dict[str, Statistics]:
-    lists = ("rows_by_position", "norm_by_position")
-    return {name: Statistics(**{**each, **{key: tuple(each[key]) for key in lists}}) for name, each in value.items()}
+    return {name: Statistics(**{key: _heard(key, figure) for key, figure in each.items()}) for name, each in value.items()}
+
+
+def _heard(key: str, figure: Any) -> Any:
+    if isinstance(figure, list):
+        return tuple(_heard(key, each) for each in figure)
+    return math.nan if figure is None and key != "norm" else figure

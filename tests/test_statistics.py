@@ -100,6 +100,21 @@ def test_values_whose_squares_overflow_are_finite_all_the_same():
     assert [found.mean, found.norm] == pytest.approx([-1e30, 2e30])
 
 
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1)], ids=str)
+def test_what_float64_does_not_hold_is_null_in_json(signs):
+    """As of the mask of a float64 model, whose entries are the type's least."""
+    values = torch.zeros(2, 4, dtype=torch.float64)
+    values[:, 1:] = torch.finfo(torch.float64).min
+    seen = {"a": merged([measured(sign * values, (2,)) for sign in signs])}
+    text = json.dumps(statistics_to_json(seen), allow_nan=False)
+    there = statistics_from_json(json.loads(text))["a"]
+    assert (there.largest, there.nonfinite, there.norm) == (torch.finfo(torch.float64).max, 0, None)
+    assert math.isnan(there.mean)
+    assert math.isnan(there.std)
+    assert [*map(math.isnan, there.norm_by_position)] == [True, True, *[False] * 6]
+    assert json.dumps(statistics_to_json({"a": merged([there, there])}), allow_nan=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("centre", "deviation"), [(1000, 0.01), (-100, 0.01), (1, 0.001), (5, 0)])
 def test_a_deviation_that_is_small_beside_the_mean(centre, deviation, dtype):

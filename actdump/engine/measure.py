@@ -107,7 +107,7 @@ class Measured:
         finite, mean = self._mean
         spread = self.spread
         if spread is None:
-            spread = norms.dot(norms) / finite - mean * mean if finite else 0.0
+            spread = float(norms.dot(norms)) / finite - mean * mean if finite else 0.0
         flat, whole = self.layout.flat, None if self.whole is None else self.whole.numpy()
         rows, sums = self.early.summed(norms, whole) if self.early is not None else ([], [])
         normed = norms if whole is None else norms[whole]
@@ -115,14 +115,19 @@ class Measured:
             rows=self.shape[1] if flat else self.shape[0],
             values=self.shape[0] * self.shape[1],
             nonfinite=int(nonfinite),
-            mean=mean,
-            std=math.sqrt(max(spread, 0.0)),
-            norm=None if flat else normed.mean().item() if len(normed) else 0.0,
+            mean=_held(mean),
+            std=math.sqrt(max(_held(spread), 0.0)),
+            norm=None if flat else _held(normed.mean().item()) if len(normed) else 0.0,
             largest=largest,
             rows_by_position=tuple(rows),
-            norm_by_position=tuple(each / max(count, 1) for each, count in zip(sums, rows, strict=True)),
+            norm_by_position=tuple(_held(each / max(count, 1)) for each, count in zip(sums, rows, strict=True)),
             rows_nonfinite=0 if flat else len(norms) - len(normed),
         )
+
+
+def _held(figure: float) -> float:
+    """A figure, or NaN where float64 does not hold it."""
+    return figure if math.isfinite(figure) else math.nan
 
 
 def measure(stored: Tensor, computed: Tensor, layout: Layout, early: Early | None) -> Measured:
