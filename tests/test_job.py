@@ -314,6 +314,13 @@ def test_moved_inputs_are_the_same(on_files, tmp_path):
     assert states(Spec.model_validate(moved), tmp_path / "out") == "up to date"
 
 
+def test_a_model_that_is_gone_is_told_apart_from_another(on_files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gone = on_files.model_copy(update={"model": on_files.model.model_copy(update={"name": "models/gone"})})
+    with pytest.raises(OccupiedError, match=r"`model\.name` was local files and is models/gone, where there are none"):
+        job.run(gone, tmp_path / "out")
+
+
 # ------------------------------------------------------------------------------------------------------- stopped and damaged
 
 

@@ -868,6 +868,47 @@ def test_ids_outside_the_vocabulary_and_what_is_no_module_are_refused(gpt2):
         wrap(3)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [np.array([1, 2, 3]), np.array([[1, 2, 3]]), [np.int64(1), np.int32(2), np.uint8(3)], [np.array([1, 2, 3]), [4, 5]]],
+    ids=["array", "array of two axes", "numbers of numpy", "arrays"],
+)
+def test_ids_come_in_numpy_too(given, gpt2):
+    model = wrap(gpt2)
+    with model.trace([1, 2, 3]):
+        plain = model.transformer.h[0].output[0].save()
+    with model.trace(given):
+        kept = model.transformer.h[0].output[0].save()
+    torch.testing.assert_close(kept[0] if isinstance(kept.value, list) else kept.value, plain.value)
+
+
+def test_texts_come_in_a_numpy_array_too(model):
+    with model.trace(np.array(["the cat", "a"])):
+        kept = model.transformer.h[0].output[0].save()
+    assert [value.shape[1] for value in kept] == [2, 1]
+
+
+@pytest.mark.parametrize("given", [[True, False], torch.tensor([True, False]), np.array([1.5, 2.0]), [[1, True]]], ids=str)
+def test_what_looks_like_ids_and_is_none_is_refused(given, gpt2):
+    with pytest.raises(UsageError, match="neither a string nor token ids"):
+        wrap(gpt2).trace(given)
+
+
+def test_lists_of_a_tokenizer_are_asked_for_as_tensors(model):
+    with pytest.raises(UsageError, match='return_tensors="pt"'):
+        model.trace(model.tokenizer("the cat"))
+
+
+def test_a_compiled_model_is_traced_as_what_it_was_made_of(gpt2):
+    compiled = wrap(torch.compile(gpt2, backend="eager"))
+    with compiled.trace([1, 2, 3]):
+        kept = compiled.transformer.h[-1].output[0].save()
+    model = wrap(gpt2)
+    with model.trace([1, 2, 3]):
+        plain = model.transformer.h[-1].output[0].save()
+    assert torch.equal(kept.value, plain.value)
+
+
 def test_an_item_after_input_indexes_the_first_argument(gpt2):
     model = wrap(gpt2)
     with model.trace([1, 2, 3]):

@@ -13,7 +13,7 @@ from actdump.format import Folder
 from actdump.job.feeding import standard_input
 from actdump.job.underway import Job
 from actdump.plan import Plan
-from actdump.spec import Spec
+from actdump.spec import LOCAL, Spec
 from actdump.statistics import Statistics
 
 MOST = 20  # differences that are told
@@ -131,7 +131,8 @@ def differences(now: object, before: object, key: str = "") -> Iterator[str]:
     elif isinstance(now, list) and isinstance(before, list):
         yield f"`{key}` had {len(before)} entries and has {len(now)}"
     else:
-        yield f"`{key}` was {_short(before)} and is {_short(now)}"
+        gone = ", where there are none" if before == LOCAL and isinstance(now, str) else ""
+        yield f"`{key}` was {_short(before)} and is {_short(now)}{gone}"
 
 
 def _short(value: object) -> str:

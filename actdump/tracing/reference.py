@@ -114,7 +114,7 @@ class Model(Reference):
     def trace(self, *args: Any, **kwargs: Any) -> "Tracer":
         """A block at whose end the model runs once on this input, and what was saved inside is there.
 
-        One prompt is a string, a list of token ids, or a tensor of them with one axis: a saved value is exactly what the
+        One prompt is a string, a list of token ids, or a tensor or array of them with one axis: a saved value is exactly what the
         module held, `(1, tokens, …)`. Several prompts are a list of such: a saved value is a list that holds, for each prompt
         in the order given, what tracing it alone would have given; they are padded and run in batches. Anything else is the
         model's own arguments and runs as it is: keyword arguments, a mapping of them such as a tokenizer's result, a tensor
@@ -135,12 +135,13 @@ def wrap(module: nn.Module, tokenizer: Any = None) -> Model:
     """Make any torch module traceable. The module is not changed: not its device, and not its mode.
 
     Args:
-        module: in eval mode, unless its dropout is meant to show.
+        module: in eval mode, unless its dropout is meant to show. One that `torch.compile` made is traced as what it was made of, because
+            what is compiled has no modules.
         tokenizer: for prompts that are strings; called as `tokenizer(text)["input_ids"]`.
     """
     if not isinstance(module, nn.Module):
         raise UsageError(f"wrap takes a torch module, not {type(module).__name__}; `actdump.load` takes the name of a model")
-    return Model(module, tokenizer)
+    return Model(getattr(module, "_orig_mod", module), tokenizer)
 
 
 def load(name: str | os.PathLike[str] | None = None, **options: Any) -> Model:

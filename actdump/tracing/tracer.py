@@ -6,6 +6,7 @@ from inspect import signature
 from types import TracebackType
 from typing import Any, Self, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -93,10 +94,16 @@ def work(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Forw
     if not args and not kwargs:
         raise UsageError("trace needs an input: a prompt, a list of prompts, token ids, or the model's own arguments")
     given = args[0] if args else None
+    if isinstance(given, np.ndarray):
+        given = given.tolist() if given.ndim == 1 else torch.from_numpy(given)
     takes_ids = "input_ids" in signature(traced.module.forward).parameters
     if takes_ids and len(args) == 1 and isinstance(given, Tensor) and given.ndim != 1:
         given = {"input_ids": given}
     if isinstance(given, Mapping) and len(args) == 1:
+        if isinstance(given.get("input_ids"), list):
+            raise UsageError(
+                '`input_ids` is a list, and the model takes tensors: ask the tokenizer for them with `return_tensors="pt"`'
+            )
         return _own((), {**given, **kwargs})
     texts = isinstance(given, str) or (isinstance(given, list | tuple) and any(isinstance(entry, str) for entry in given))
     if not texts and not (takes_ids and isinstance(given, list | tuple | Tensor)):
@@ -106,10 +113,14 @@ def work(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Forw
     if not takes_ids and traced.tokenizer is None:
         raise UsageError("the model takes no token ids and has no tokenizer, so it cannot be run on text")
     feed = feed_for(traced.module)
-    if isinstance(given, list | tuple) and not all(isinstance(entry, int) for entry in given):
+    if isinstance(given, list | tuple) and not all(map(_is_number, given)):
         return [_ids(traced, feed, prompt, f"prompt {number}") for number, prompt in enumerate(given)]
     ids = torch.tensor([_ids(traced, feed, given, "the prompt")], device="cpu")
     return _Forward((), feed.arguments(ids, None), "prompt", ids.numel(), feed.state)
+
+
+def _is_number(entry: object) -> bool:
+    return isinstance(entry, int | np.integer) and not isinstance(entry, bool)
 
 
 def _own(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Forward:
@@ -130,14 +141,14 @@ def _ids(traced: Traced, feed: Feed, prompt: Any, which: str) -> Sequence[int]:
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise UsageError(f"{which} holds half a character (a lone surrogate), which is no text")
         prompt = traced.tokenizer(prompt)["input_ids"]
-    ids = prompt.tolist() if isinstance(prompt, Tensor) and prompt.ndim == 1 else prompt
+    ids = prompt.tolist() if isinstance(prompt, Tensor | np.ndarray) and prompt.ndim == 1 else prompt
     if isinstance(ids, str | list | tuple) and not ids:
         raise UsageError(f"{which} is empty; a model needs at least one token")
-    if not isinstance(ids, list | tuple) or not all(isinstance(entry, int) for entry in ids):
+    if not isinstance(ids, list | tuple) or not all(map(_is_number, ids)):
         raise UsageError(f"{which} is neither a string nor token ids: {prompt!r}")
     if not 0 <= min(ids) <= max(ids) < feed.vocabulary:
         raise UsageError(f"{which} has a token id outside the vocabulary, which is 0 to {feed.vocabulary - 1}")
-    return ids
+    return list(map(int, ids))
 
 
 class Tracer:
