@@ -154,6 +154,12 @@ SPECS = {
     "empty prompt": (GOOD.replace("[4, 5]", "[]"), ["spec.yaml:4: prompts: an empty prompt"]),
     "blank prompt": (GOOD.replace("input_ids: [4, 5]", "'  '"), ["spec.yaml:4: prompts: an empty prompt"]),
     "two contents": (GOOD.replace("[4, 5]", "[4, 5]\n    text: x"), ["spec.yaml:4: ", "exactly one of", "text and input_ids"]),
+    "no content": (GOOD.replace("input_ids: [4, 5]", "txt: hello"), ["spec.yaml:4: ", "this has none (only `txt`)"]),
+    "a name and its address": (
+        GOOD.replace("- transformer.h[-1]", "- block: transformer.h[-1]"),
+        ["spec.yaml:6: unknown key `save.block`", "`save.address` is missing; an entry is an address, or `{name: …, address: …}`"],
+    ),
+    "a number for a section": (GOOD + "batch: 8\n", ["spec.yaml:8: batch: must be a mapping of tokens, prompts, not a number `8`"]),
     "no environment": (GOOD.replace(": out", ": ${NOWHERE_SET}/out"), ["spec.yaml:7: ${NOWHERE_SET} is not set", ":-"]),
     "bad selection": (GOOD + "tokens: lats\n", ["spec.yaml:8: tokens: ", "lats", "last"]),
     "bad address": (GOOD.replace("h[-1].output[0]", "h[x].output"), ["spec.yaml:6: save: ", "at character"]),

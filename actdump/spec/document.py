@@ -291,7 +291,12 @@ def _told(errors: Sequence[Any], where: Where) -> list[str]:
 
 
 def _of_another_kind(error: Any, where: Where, kinds: str) -> str:
-    return f"{_key(where)}: must be {kinds}, not {kind_of(error['input'])} `{_short(error['input'])}`"
+    keys = f" of {', '.join(_keys(where))}" if kinds == "a mapping" and where in _SECTIONS else ""
+    return f"{_key(where)}: must be {kinds}{keys}, not {kind_of(error['input'])} `{_short(error['input'])}`"
+
+
+def _keys(section: Where) -> list[str]:
+    return [name for name in _SECTIONS.get(section, SaveSpec).model_fields if name != "rows"]
 
 
 def _key(where: Where) -> str:
@@ -302,11 +307,10 @@ def said(error: Any, where: Where) -> str:
     """One of pydantic's complaints in our words."""
     key, kind = _key(where), error["type"]
     if kind == "extra_forbidden":
-        section = _SECTIONS.get(where[:-1], SaveSpec)
-        known = [name for name in section.model_fields if name != "rows"]
-        return f"unknown key `{key}`{did_you_mean(str(where[-1]), known)}"
+        return f"unknown key `{key}`{did_you_mean(str(where[-1]), _keys(where[:-1]))}"
     if kind == "missing":
-        return f"`{key}` is missing"
+        form = "; an entry is an address, or `{name: …, address: …}`" if key == "save.address" else ""
+        return f"`{key}` is missing{form}"
     if kind == "value_error":
         message = str(error["ctx"]["error"])
         return message if not where or message.startswith(f"{key}:") else f"{key}: {message}"

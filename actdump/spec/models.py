@@ -181,8 +181,9 @@ class Row(BaseModel):
     def _one_content(self) -> Self:
         given = [name for name in ("text", "messages", "input_ids") if getattr(self, name) is not None]
         if len(given) != 1:
+            fields = f" (only `{'`, `'.join(self.model_extra)}`)" if self.model_extra and not given else ""
             raise ValueError(
-                f"a prompt needs exactly one of `text`, `messages` and `input_ids`; this has {' and '.join(given) or 'none'}"
+                f"a prompt needs exactly one of `text`, `messages` and `input_ids`; this has {' and '.join(given) or 'none'}{fields}"
             )
         if not getattr(self, given[0]) or (self.text is not None and not self.text.strip()):
             raise ValueError("an empty prompt; remove it, or say what it should be")
