@@ -13,6 +13,7 @@ from typing import get_args
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from needs import need_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -309,11 +310,23 @@ def test_a_hub_id_that_looks_like_a_path_is_taken_from_the_hub(tmp_path: Path, m
     assert model.find(ModelSpec(name="models/tiny-gtp2")).config.name_or_path == "models/tiny-gtp2"
 
 
-def test_a_hub_id_that_is_no_path_is_not_asked_for_twice(tmp_path: Path, monkeypatch, unreachable: list[str]) -> None:
+def test_without_a_network_no_hub_id_is_waited_for(tmp_path: Path, monkeypatch, unreachable: list[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name, **_: GPT2Config())
-    model.find(ModelSpec(name="models/tiny-gpt2"))
-    model.find(ModelSpec(name="gpt2"))
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", patient)
+    with pytest.raises(MissingError, match=r"`gpt2` is neither a local folder nor found on the hub: the hub does not answer"):
+        model.find(ModelSpec(name="gpt2"))
+    assert len(unreachable) == 1
+
+
+def test_a_cached_model_needs_no_answer_of_the_hub(tmp_path: Path, monkeypatch, unreachable: list[str]) -> None:
+    place = tmp_path / "models--a--tiny"
+    (place / "snapshots/1").mkdir(parents=True)
+    (place / "refs").mkdir()
+    (place / "refs/main").write_text("1")
+    GPT2Config(n_layer=1).save_pretrained(place / "snapshots/1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name, **_: GPT2Config(name_or_path=name))
+    assert model.find(ModelSpec(name="a/tiny")).config.name_or_path == "a/tiny"
     assert unreachable == []
 
 

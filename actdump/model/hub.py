@@ -7,7 +7,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 
 from actdump.errors import ActdumpError, DataError, MissingError, UsageError, did_you_mean
@@ -28,19 +28,19 @@ _SENTENCES = (
 
 
 def ask_once(name: str, revision: str | None) -> None:
-    """Ask the hub once for what may be a mistyped path: `models/x`, beside other folders in `models`.
+    """Ask the hub once whether it is there, where nothing is cached: without a network, loading asks six times in 20 seconds.
 
-    Both readings are possible, so an answer of any kind lets it pass. Without a network, loading asks six times in 20 seconds.
+    An answer of any kind lets the name pass.
 
     Raises:
         OSError: the hub does not answer.
     """
-    if not neighbours(name) or isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
-        return
     try:
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
-    except HfHubHTTPError:
-        return  # an answer
+    except (HfHubHTTPError, HFValidationError):
+        return  # an answer; or no name of the hub, which loading will say
     except Exception as error:  # whatever the hub's HTTP library raises
         raise OSError(f"the hub does not answer ({first_line(error)})") from error
 
