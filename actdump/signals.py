@@ -27,7 +27,7 @@ def seconds(text: str) -> float:
     Raises:
         UsageError: it is none.
     """
-    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", f"{text}s" if text.isdecimal() else text)
     total = sum(int(count or 0) * unit for count, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0
     if total == 0:
         raise UsageError(f"--stop-after: `{text}` is not a time; write 55m, 90s, 1h30m or a number of seconds")

@@ -78,7 +78,7 @@ def test_a_time_in_seconds(text, expected):
     assert seconds(text) == expected
 
 
-@pytest.mark.parametrize("wrong", ["", "0", "-5", "1d", "m", "1m1h", "5 m", "1:00"])
+@pytest.mark.parametrize("wrong", ["", "0", "-5", "1d", "m", "1m1h", "5 m", "1:00", "1h30"])
 def test_a_wrong_time_is_refused(wrong):
     with pytest.raises(UsageError, match="--stop-after"):
         seconds(wrong)
