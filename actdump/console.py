@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.text import Text
 
 from actdump.plan import Part, Plan
@@ -63,7 +62,8 @@ def say(message: str, level: str = "info", **numbers: float) -> None:
     if _form == "json":
         err.print(Text(json.dumps({"time": now, "level": level, "message": message, **numbers}, ensure_ascii=False)))
     else:
-        begins = (f"{now} " if _form == "dated" else "", (f"{level}: " if level != "info" else "", "bold red"))
+        colour = "bold red" if level == "error" else "bold yellow"
+        begins = (f"{now} " if _form == "dated" else "", (f"{level}: " if level != "info" else "", colour))
         err.print(Text.assemble(*begins, message))
 
 
@@ -77,7 +77,7 @@ class _Warnings(logging.Handler):
 def start_logging(quiet: bool) -> None:
     """Show warnings of actdump (and nothing else's) on stderr."""
     logger = logging.getLogger("actdump")
-    logger.handlers = [RichHandler(console=err, show_time=False, show_path=False) if _form == "plain" else _Warnings()]
+    logger.handlers = [_Warnings()]
     logger.setLevel(logging.ERROR if quiet else logging.WARNING)
     logger.propagate = False
 
