@@ -16,7 +16,7 @@ from actdump.plan import Column
 if TYPE_CHECKING:
     import torch
 
-KEPT = 16  # shards that stay mapped; each may be a gigabyte
+KEPT = 256  # shards that stay mapped: it takes no open file, and what was read of each counts as the process's memory, though it can go
 
 
 def open_dump(path: str | Path) -> "Dump":
@@ -71,6 +71,7 @@ class Dump:
         manifest: the description of the dump.
         names: the taps.
         prompts: the prompts, by number or id.
+        shard_at: the shard of a place in the manifest, opened.
     """
 
     def __init__(self, folder: Folder, manifest: Manifest) -> None:
@@ -79,7 +80,7 @@ class Dump:
         self.names = [column.name for column in manifest.columns]
         self.prompts = Prompts(self)
         self._firsts = [shard.first for shard in manifest.shards]
-        self._open = lru_cache(KEPT)(lambda place: OpenShard(folder, manifest.shards[place]))
+        self.shard_at = lru_cache(KEPT)(lambda place: OpenShard(folder, manifest.shards[place]))
 
     def __getitem__(self, name: str) -> "Values":
         """The values of a tap, by the user's name, the address as written, or the resolved address.
@@ -110,7 +111,7 @@ class Dump:
 
     def shard_of(self, number: int) -> "OpenShard":
         """The shard that holds a prompt, opened."""
-        return self._open(bisect_right(self._firsts, number) - 1)
+        return self.shard_at(bisect_right(self._firsts, number) - 1)
 
 
 @dataclass
@@ -120,6 +121,7 @@ class OpenShard:
     folder: Folder
     shard: Shard
     _offsets: dict[str, Sequence[int]] = field(default_factory=dict)
+    _tensors: "dict[str, torch.Tensor]" = field(default_factory=dict)
 
     @cached_property
     def file(self) -> Any:
@@ -144,8 +146,9 @@ class OpenShard:
 
     def rows(self, name: str, first: int, last: int) -> "torch.Tensor":
         """Rows as they are mapped; hand out copies, because what is written into these shows in every later read."""
-        rows: torch.Tensor = self.file.get_slice(name)[first:last]
-        return rows
+        if name not in self._tensors:
+            self._tensors[name] = self.file.get_tensor(name)
+        return self._tensors[name][first:last]
 
     def prompt(self, name: str, number: int) -> "torch.Tensor":
         """The rows of a prompt."""
@@ -242,22 +245,28 @@ class Rows:
             key = index(key)
             if not -len(self) <= key < len(self):
                 raise IndexError(f"there is no row {key}; the tap has {len(self)}")
-            return self[key % len(self) : key % len(self) + 1][0]
+            first = key % len(self)
+            return next(self._pieces(first, first + 1))[0].clone()
         if not isinstance(key, slice):
             raise TypeError(f"rows are taken by a number or a slice, not by {type(key).__name__}; index the tensor of a slice")
         first, last, step = key.indices(len(self))
         if step < 0:
             raise ValueError("rows cannot be read backwards")
-        pieces = []
-        for place, shard in enumerate(self.dump.manifest.shards):
-            begin, end = max(first, self._firsts[place]), min(last, self._firsts[place + 1])
-            if begin < end:
-                file = self.dump.shard_of(shard.first)
-                pieces.append(file.rows(self.column.name, begin - self._firsts[place], end - self._firsts[place]))
+        pieces = list(self._pieces(first, last))
         empty = torch.empty((0, *self.column.layout.row), dtype=getattr(torch, self.column.layout.dtype))
         if len(pieces) == 1:
             return pieces[0][::step].clone()
         return torch.cat(pieces)[::step] if pieces else empty
+
+    def _pieces(self, first: int, last: int) -> "Iterator[torch.Tensor]":
+        """The rows from one number to another, as each shard has them."""
+        for place in range(bisect_right(self._firsts, first) - 1, len(self.dump.manifest.shards)):
+            begin, end = max(first, self._firsts[place]), min(last, self._firsts[place + 1])
+            if begin >= last:
+                return
+            if begin < end:
+                shard = self.dump.shard_at(place)
+                yield shard.rows(self.column.name, begin - self._firsts[place], end - self._firsts[place])
 
 
 class Prompts:
@@ -337,10 +346,15 @@ class Prompts:
         number = _number(key, self.dump)
         with self._file() as file:
             file.seek(self._places[number])
-            line = self._line(file.readline())
+            return self._record(number, file.readline())
+
+    def _record(self, number: int, text: bytes) -> PromptRecord:
+        line = self._line(text)
         tokens = self.dump.shard_of(number).prompt(TOKENS, number).tolist()
         content: dict[str, Any] = {name: line[name] for name in ("text", "messages") if name in line}
         return PromptRecord(number, line["id"], tokens, content, line.get("fields", {}))
 
     def __iter__(self) -> Iterator[PromptRecord]:
-        return (self[number] for number in range(len(self)))
+        with self._file() as file:
+            for number, _ in enumerate(self._places):
+                yield self._record(number, file.readline())
