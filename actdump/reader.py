@@ -5,15 +5,16 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from operator import index
+from operator import index, itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, SupportsIndex, TypeGuard, overload
 
 from actdump.errors import DataError, MissingError, UsageError, did_you_mean
 from actdump.format import OFFSETS, TOKENS, Folder, Manifest, Shard, manifest_from_json
 from actdump.plan import Column
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 KEPT = 256  # shards that stay mapped: it takes no open file, and what was read of each counts as the process's memory, though it can go
@@ -94,6 +95,13 @@ class Dump:
                 return Values(self, found[0])
         raise UsageError(f"{self.folder.root}: there is no tap `{name}`{did_you_mean(str(name), self.names)}")
 
+    def __contains__(self, name: object) -> bool:
+        """Whether `dump[name]` is there."""
+        try:
+            return isinstance(name, str) and bool(self[name].column)
+        except UsageError:
+            return False
+
     def __len__(self) -> int:
         return self.manifest.prompts
 
@@ -157,14 +165,21 @@ class OpenShard:
         return self.rows(name, offsets[place], offsets[place + 1])
 
 
+def _is_number(key: object) -> TypeGuard[SupportsIndex]:
+    """Whether a key is one number: torch takes a tensor of one axis with one element for one, and Python a truth value."""
+    return isinstance(key, SupportsIndex) and not isinstance(key, bool) and not getattr(key, "ndim", 0)
+
+
 def _number(key: SupportsIndex | str, dump: Dump) -> int:
+    """The place of a prompt that is named by its place or, as text, by its id."""
     if isinstance(key, str):
         return dump.prompts.number(key)
-    if not isinstance(key, SupportsIndex):
+    if not _is_number(key):
         raise TypeError(f"prompts are taken by a number, an id or a slice, not by {type(key).__name__}")
     key = index(key)
     if not -len(dump) <= key < len(dump):
-        raise IndexError(f"there is no prompt {key}; the dump has {len(dump)}")
+        own = f'; an id is text: ["{key}"]' if str(key) in dump.prompts.numbers else ""
+        raise IndexError(f"there is no prompt {key}; the dump has {len(dump)}{own}")
     return key % len(dump)
 
 
@@ -214,7 +229,7 @@ class Values:
 
 
 class Rows:
-    """All rows of a tap across prompts and shards; `rows[a:b]` reads what it needs and nothing more."""
+    """All rows of a tap across prompts and shards; `rows[a:b]` and `rows[numbers]` read what they need and nothing more."""
 
     def __init__(self, dump: Dump, column: Column) -> None:
         self.dump = dump
@@ -231,24 +246,19 @@ class Rows:
         """(rows, …)."""
         return (len(self), *self.column.layout.row)
 
-    @overload
-    def __getitem__(self, key: SupportsIndex) -> "torch.Tensor": ...
+    def __getitem__(self, key: "SupportsIndex | slice | Sequence[int] | torch.Tensor | np.ndarray") -> "torch.Tensor":
+        """One row; or a range of rows, or those of several numbers in any order, as one tensor.
 
-    @overload
-    def __getitem__(self, key: slice) -> "torch.Tensor": ...
-
-    def __getitem__(self, key: SupportsIndex | slice) -> "torch.Tensor":
-        """One row, or a range of rows as one tensor."""
+        Raises:
+            IndexError: there is no such row.
+        """
         import torch
 
-        if isinstance(key, SupportsIndex):
-            key = index(key)
-            if not -len(self) <= key < len(self):
-                raise IndexError(f"there is no row {key}; the tap has {len(self)}")
-            first = key % len(self)
+        if _is_number(key):
+            first = self._place(index(key))
             return next(self._pieces(first, first + 1))[0].clone()
         if not isinstance(key, slice):
-            raise TypeError(f"rows are taken by a number or a slice, not by {type(key).__name__}; index the tensor of a slice")
+            return self._gathered(self._places(key))
         first, last, step = key.indices(len(self))
         if step < 0:
             raise ValueError("rows cannot be read backwards")
@@ -257,6 +267,41 @@ class Rows:
         if len(pieces) == 1:
             return pieces[0][::step].clone()
         return torch.cat(pieces)[::step] if pieces else empty
+
+    def where(self, row: int) -> tuple[int, int]:
+        """The number of the prompt that a row belongs to, and which of the prompt's rows it is: with all tokens, its token.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        row = self._place(row)
+        place = bisect_right(self._firsts, row) - 1
+        shard = self.dump.shard_at(place)
+        offsets = shard.offsets(self.column.name)
+        prompt = bisect_right(offsets, row - self._firsts[place]) - 1
+        return shard.shard.first + prompt, row - self._firsts[place] - offsets[prompt]
+
+    def _place(self, number: int) -> int:
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"there is no row {number}; the tap has {len(self)}")
+        return number % len(self)
+
+    def _places(self, key: Any) -> list[int]:
+        """The numbers of rows that were given in a list, a tensor or an array of one axis."""
+        import torch
+
+        numbers = key.tolist() if isinstance(key, torch.Tensor) or hasattr(key, "__array__") else key
+        if not isinstance(numbers, list | tuple | range) or not all(map(_is_number, numbers)):
+            raise TypeError(f"rows are taken by a number, a slice, or a list, tensor or array of numbers, not by {key!r}")
+        return [self._place(index(number)) for number in numbers]
+
+    def _gathered(self, places: Sequence[int]) -> "torch.Tensor":
+        import torch
+
+        rows = torch.empty((len(places), *self.column.layout.row), dtype=getattr(torch, self.column.layout.dtype))
+        for target, place in sorted(enumerate(places), key=itemgetter(1)):  # shard by shard
+            rows[target] = next(self._pieces(place, place + 1))[0]
+        return rows
 
     def _pieces(self, first: int, last: int) -> "Iterator[torch.Tensor]":
         """The rows from one number to another, as each shard has them."""
@@ -353,6 +398,10 @@ class Prompts:
         tokens = self.dump.shard_of(number).prompt(TOKENS, number).tolist()
         content: dict[str, Any] = {name: line[name] for name in ("text", "messages") if name in line}
         return PromptRecord(number, line["id"], tokens, content, line.get("fields", {}))
+
+    def __contains__(self, key: object) -> bool:
+        """Whether there is a prompt of that id, or number."""
+        return key in self.numbers if isinstance(key, str) else _is_number(key) and -len(self) <= index(key) < len(self)
 
     def __iter__(self) -> Iterator[PromptRecord]:
         with self._file() as file:

@@ -12,12 +12,25 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def hold() -> None:
-    """Let these signals wait until it is known what they mean; a command is loaded first."""
+    """Let these signals wait until it is known what they mean, because a command is loaded first.
+
+    After a run they do nothing: it is over, whatever the time limit of its job, and the process about to end.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    for number in STOPPING:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _nothing)
+
+
+def _nothing(_: int, __: FrameType | None) -> None:
+    pass
 
 
 def let_go() -> None:
-    """Let them come, with those that waited."""
+    """Let them come, with those that waited, and do what they usually do."""
+    for number in STOPPING:
+        if signal.getsignal(number) is _nothing:
+            signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
@@ -57,7 +70,7 @@ class StopSignals:
     def __enter__(self) -> Self:
         for number in STOPPING:
             self._before[number] = signal.signal(number, self._handle)
-        let_go()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         return self
 
     def _handle(self, number: int, _: FrameType | None) -> None:

@@ -274,6 +274,45 @@ def test_a_dump_made_anew_is_not_mixed_with_the_one_that_was_opened(damaged):
     assert len(actdump.open(damaged)["last block"][6]) == LENGTHS[6]
 
 
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor, np.array], ids=lambda kind: kind.__name__)
+def test_rows_in_any_order(kind, dump):
+    for name in ("last block", "weights", "pooled"):
+        rows = dump[name].rows
+        numbers = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+        assert torch.equal(rows[kind([*numbers, 0, -1])], torch.cat([rows[:][numbers], rows[:1], rows[-1:]]))
+    assert dump["last block"].rows[kind([5])].shape == (1, 16)
+    assert len(dump["last block"].rows[torch.zeros(0, dtype=torch.long)]) == 0
+    with pytest.raises(IndexError, match="there is no row 31; the tap has 31"):
+        dump["last block"].rows[kind([0, 31])]
+
+
+@pytest.mark.parametrize("name", ["last block", "pooled", "ends", "weights"])
+def test_a_row_knows_its_prompt(name, dump):
+    values = dump[name]
+    for row in range(len(values.rows)):
+        number, place = values.rows.where(row)
+        assert torch.equal(values[number].reshape(-1, *values.rows.shape[1:])[place], values.rows[row])
+    assert values.rows.where(-1)[0] == len(dump) - 1
+
+
+def test_in_says_what_indexing_finds(dump):
+    for name in ("last block", "transformer.h[1].output[0]", "transformer.h[-1].output[0]"):
+        assert dump[name] is not None
+        assert name in dump
+    assert "first block" not in dump
+    assert all(key in dump.prompts for key in ("third", "id 0", 0, -7, 6)) is False  # `third` is a field
+    assert all(key in dump.prompts for key in ("id 0", 0, -7, 6))
+    assert not any(key in dump.prompts for key in ("6", 7, -8, None, True))
+
+
+def test_an_id_that_is_a_number_is_text(tmp_path):
+    prompts = [{"input_ids": ids, "id": place + 1} for place, ids in enumerate(IDS)]
+    dump = actdump.open(make_dump(tmp_path / "out", prompts=prompts))
+    assert dump.prompts["7"].number == 6
+    with pytest.raises(IndexError, match=r'there is no prompt 7; the dump has 7; an id is text: \["7"\]'):
+        dump["pooled"][7]
+
+
 def test_a_dump_opened_by_a_relative_path_is_read_from_another_folder_too(root, tmp_path, monkeypatch):
     monkeypatch.chdir(root.parent)
     dump = actdump.open(root.name)
@@ -352,6 +391,6 @@ def test_a_cut_shard_a_missing_shard_and_a_missing_record_are_found(damaged):
         actdump.open(damaged)["pooled"][0]
 
 
-def test_rows_by_a_list_say_what_is_taken(dump):
-    with pytest.raises(TypeError, match="a number or a slice, not by list"):
-        dump["pooled"].rows[[1, 2]]
+def test_rows_by_what_is_no_number_say_what_is_taken(dump):
+    with pytest.raises(TypeError, match="a number, a slice, or a list, tensor or array of numbers, not by"):
+        dump["pooled"].rows[[1, "2"]]

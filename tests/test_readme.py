@@ -120,7 +120,12 @@ def test_there_is_something_to_test():
 def test_command_runs_and_says_what_is_shown(done, number):
     command, result = COMMANDS[number], done[number]
     assert result.returncode == 0, result.stdout
-    assert not command.shown or shows(command.shown, result.stdout.splitlines()), result.stdout
+    assert not command.shown or shows(command.shown, told(result.stdout)), result.stdout
+
+
+def told(output):
+    """The lines of an output, but for what it says of this machine's CPU."""
+    return [line for line in output.splitlines() if not line.startswith("warning: this CPU is")]
 
 
 def shows(shown, said):

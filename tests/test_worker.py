@@ -78,6 +78,22 @@ def test_a_time_in_seconds(text, expected):
     assert seconds(text) == expected
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize(("before", "ends"), [("with StopSignals(): pass", "0"), ("let_go()", "-{number}")])
+def test_a_signal_after_a_run_changes_nothing_and_another_command_it_ends(before, ends, name):
+    """As of a job whose time limit comes when the dump is sealed."""
+    number = signal.Signals[name].value
+    code = f"""
+import os, threading
+from actdump.signals import StopSignals, hold, let_go
+hold()
+{before}
+threading.Thread(target=os.kill, args=(os.getpid(), {number})).start()
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert str(done.returncode) == ends.format(number=number)
+
+
 @pytest.mark.parametrize("wrong", ["", "0", "-5", "1d", "m", "1m1h", "5 m", "1:00", "1h30"])
 def test_a_wrong_time_is_refused(wrong):
     with pytest.raises(UsageError, match="--stop-after"):
