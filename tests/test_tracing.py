@@ -894,6 +894,34 @@ def test_what_looks_like_ids_and_is_none_is_refused(given, gpt2):
         wrap(gpt2).trace(given)
 
 
+@pytest.mark.parametrize(
+    "given", [5, None, b"text", range(3), (word for word in ["the"])], ids=lambda given: type(given).__name__
+)
+def test_what_is_no_prompt_is_refused(given, model):
+    with pytest.raises(
+        UsageError, match="trace takes a prompt, a list of prompts, token ids, or the model's own arguments, not"
+    ):
+        model.trace(given)
+
+
+def test_a_position_that_a_prompt_does_not_have_is_named_with_it(gpt2):
+    model = wrap(gpt2)
+    with (
+        pytest.raises(
+            AddressError, match=r"h\[0\]\.output\[0\].*: prompt 1 has 2 tokens, and this asks for a position that needs 3"
+        ),
+        model.trace([[1, 2, 3], [4, 5]]),
+    ):
+        model.transformer.h[0].output[0][:, 2].save()
+
+
+@pytest.mark.parametrize("call", ["0", True, 1.0])
+def test_a_call_is_a_number(call, gpt2):
+    model = wrap(gpt2)
+    with pytest.raises(TraceError, match="`call` is a number"), model.trace([1, 2, 3]):
+        model.transformer.h[0].output.save(call=call)
+
+
 def test_lists_of_a_tokenizer_are_asked_for_as_tensors(model):
     with pytest.raises(UsageError, match='return_tensors="pt"'):
         model.trace(model.tokenizer("the cat"))

@@ -105,6 +105,8 @@ def work(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Forw
                 '`input_ids` is a list, and the model takes tensors: ask the tokenizer for them with `return_tensors="pt"`'
             )
         return _own((), {**given, **kwargs})
+    if takes_ids and len(args) == 1 and not isinstance(given, str | list | tuple | Tensor):
+        raise UsageError(f"trace takes a prompt, a list of prompts, token ids, or the model's own arguments, not {given!r}")
     texts = isinstance(given, str) or (isinstance(given, list | tuple) and any(isinstance(entry, str) for entry in given))
     if not texts and not (takes_ids and isinstance(given, list | tuple | Tensor)):
         return _own(args, kwargs)
@@ -226,6 +228,12 @@ def _calls(counts: Mapping[int, int], tokens: int) -> int | None:
 def _run_each(traced: Traced, prompts: _Prompts, taps: Sequence[Tap]) -> list[list[Tensor]]:
     """For each tap, the value of each prompt as it would be alone."""
     sites, feed = _probed(traced, taps)
+    for site in sites:
+        if short := [number for number, prompt in enumerate(prompts) if len(prompt) < site.least]:
+            raise AddressError(
+                f"{site.tap.name}: prompt {short[0]} has {len(prompts[short[0]])} tokens, and this asks for a position that needs "
+                f"{site.least}; use a slice, which takes what is there"
+            )
     found: list[list[Any]] = [[None] * len(prompts) for _ in sites]
     for places in batches(list(map(len, prompts)), BUDGET):
         batch = Batch(tuple(places), tuple(prompts[place] for place in places))

@@ -79,8 +79,11 @@ class Proxy:
 
         Raises:
             AddressError: the address leads to no module.
+            TraceError: `call` is no number.
         """
         self._check_open()
+        if call is not None and (isinstance(call, bool) or not isinstance(call, int)):
+            raise TraceError(f"`{self._text()}`: `call` is a number, counted from 0, or from -1 for the last, not {call!r}")
         place = max(place for place, item in enumerate(self._tail) if isinstance(item, Child) and item.name in PORTS)
         for item in self._tail[:place]:
             if not isinstance(item, Child | Nth):
