@@ -276,7 +276,8 @@ def tree(
         wanted = _load(Path(model), sets, None).model if is_spec else model_spec(model, {})
         found = list(job.modules(wanted, grep=grep, depth=depth))
         if not found:
-            raise UsageError(f"no module of `{model}` has `{grep}` in its path or class")
+            near = f" down to a depth of {depth} (--depth)" if depth is not None else ""
+            raise UsageError(f"no module of `{model}` has `{grep}` in its path or class{near}")
         views.show(views.tree_table(found))
 
 

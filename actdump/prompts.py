@@ -124,7 +124,7 @@ def _json_row(line: str, where: str, spec: PromptsSpec) -> _Found:
     if isinstance(value, str):
         value = {"text": value}
     if not isinstance(value, dict):
-        raise SpecError(f"{where}: a line must be a JSON object or text, not {json.dumps(value)[:40]}")
+        raise SpecError(f"{where}: a line must be a JSON object or text, not {json.dumps(value)[:40]}; one prompt a line")
     names = _CONTENT if spec.text == "text" else {spec.text}
     fields = {name: entry for name, entry in value.items() if name not in names and name != spec.id}
     return _checked(_content(value, where, spec) | _id(value, where, spec), where)._replace(fields=fields)
@@ -144,7 +144,13 @@ _read_json = json.JSONDecoder(object_pairs_hook=_once).decode
 def _content(value: dict[str, Any], where: str, spec: PromptsSpec) -> dict[str, Any]:
     """The prompt in a line, by what it is. Where the user named its field, the usual names are fields like any other."""
     if spec.text == "text":
-        return {name: entry for name, entry in value.items() if name in _CONTENT}
+        found = {name: entry for name, entry in value.items() if name in _CONTENT}
+        if not found:
+            raise SpecError(
+                f"{where}: there is no field `text`, `messages` or `input_ids`; there is {', '.join(value) or 'none'}; "
+                "`prompts.text` names another one"
+            )
+        return found
     if spec.text not in value:
         raise SpecError(
             f"{where}: there is no field `{spec.text}`, which `prompts.text` names; there is {', '.join(value) or 'none'}"
@@ -157,7 +163,9 @@ def _content(value: dict[str, Any], where: str, spec: PromptsSpec) -> dict[str, 
 
 def _id(value: dict[str, Any], where: str, spec: PromptsSpec) -> dict[str, Any]:
     if spec.id not in value and spec.id != "id":
-        raise SpecError(f"{where}: there is no field `{spec.id}`, which `prompts.id` names")
+        raise SpecError(
+            f"{where}: there is no field `{spec.id}`, which `prompts.id` names; there is {', '.join(value) or 'none'}"
+        )
     return {"id": value.get(spec.id)}
 
 

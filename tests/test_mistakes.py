@@ -149,12 +149,12 @@ SPECS = {
     ),
     "unknown file type": (
         f"model: {TINY}\nprompts:\n  file: data.xls\nsave: [transformer.wte.output]\noutput: out\n",
-        ["spec.yaml:", "`data.xls` does not end in .txt or .jsonl", "`format: jsonl`"],
+        ["spec.yaml:", "`data.xls` does not end in .txt (a prompt a line) or .jsonl (a JSON", "`format: jsonl`"],
     ),
     "empty prompt": (GOOD.replace("[4, 5]", "[]"), ["spec.yaml:4: prompts: an empty prompt"]),
     "blank prompt": (GOOD.replace("input_ids: [4, 5]", "'  '"), ["spec.yaml:4: prompts: an empty prompt"]),
     "two contents": (GOOD.replace("[4, 5]", "[4, 5]\n    text: x"), ["spec.yaml:4: ", "exactly one of", "text and input_ids"]),
-    "no content": (GOOD.replace("input_ids: [4, 5]", "txt: hello"), ["spec.yaml:4: ", "this has none (only `txt`)"]),
+    "no content": (GOOD.replace("input_ids: [4, 5]", "txt: hello"), ["spec.yaml:4: ", "this has none (only `txt`; text that holds"]),
     "a name and its address": (
         GOOD.replace("- transformer.h[-1]", "- block: transformer.h[-1]"),
         ["spec.yaml:6: unknown key `save.block`", "`save.address` is missing; an entry is an address, or `{name: …, address: …}`"],
@@ -584,8 +584,12 @@ LINES = {
     "bad JSON": ('{"input_ids": [1]\n', "p.jsonl:2: not JSON: "),
     "no number": ('{"input_ids": [1], "score": NaN}\n', "p.jsonl:2: NaN or an infinite number, which JSON has not; use null"),
     "empty line": ("\n", "p.jsonl:2: the line is empty; remove it"),
-    "a list": ("[1, 2]\n", "p.jsonl:2: a line must be a JSON object or text, not [1, 2]"),
-    "no content": ('{"label": 1}\n', "p.jsonl:2: a prompt needs exactly one of"),
+    "a list": ("[1, 2]\n", "p.jsonl:2: a line must be a JSON object or text, not [1, 2]; one prompt a line"),
+    "no content": (
+        '{"question": "a?", "uid": 5}\n',
+        "p.jsonl:2: there is no field `text`, `messages` or `input_ids`; there is question, uid; `prompts.text` names another one",
+    ),
+    "two contents": ('{"text": "a", "input_ids": [1]}\n', "p.jsonl:2: a prompt needs exactly one of"),
     "wrong type": ('{"text": 5}\n', "p.jsonl:2: text: must be text, not a number `5`"),
     "wrong ids": ('{"input_ids": [1, "x"]}\n', "p.jsonl:2: input_ids: must be a whole number, not text `x`"),
     "no tokens": ('{"input_ids": []}\n', "p.jsonl:2: an empty prompt"),
@@ -794,6 +798,16 @@ def test_a_path_of_a_user_that_is_not_there_is_a_path_like_any_other(key: str, t
     said = run(MANY, "--set", f"{key}=~nobody7/a.jsonl")
     assert (said.code, said.err.count(told) > 0) == (66 if told else 0, True)
     assert Path("~nobody7/a.jsonl/manifest.json").exists() != bool(told)
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_tap_that_keeps_nothing_is_told(command: str) -> None:
+    Path("spec.yaml").write_text(
+        GOOD.replace("- transformer.h[-1].output[0]", '- {address: "transformer.h[-1].output", tokens: "5:"}')
+    )
+    said = actdump(command, "spec.yaml")
+    assert said.code == 0
+    assert "warning: transformer.h[-1].output: keeps nothing of any prompt" in said.err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")

@@ -1,5 +1,6 @@
 """Prompts on their way from the spec to tokens and parts."""
 
+import logging
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from actdump.spec import Spec
 
 if TYPE_CHECKING:
     from actdump.model import Source
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -77,4 +80,9 @@ def cut(spec: Spec, bound: Bound, lengths: Sequence[int], stdin: Path | None) ->
             f"{prompt.where}: prompt `{prompt.id}` has {lengths[number]} tokens, and `{site.tap.name}` asks for a position that "
             f"needs {site.least}; use a slice, which takes what is there"
         )
+    for column in bound.columns:
+        if not any(map(column.layout.rows, set(lengths))):
+            log.warning(
+                "%s: keeps nothing of any prompt, because none has tokens at the positions that it asks for", column.name
+            )
     return parts(bound.columns, lengths, most_bytes=spec.shard.size, most_tokens=spec.shard.tokens)

@@ -181,7 +181,11 @@ class Row(BaseModel):
     def _one_content(self) -> Self:
         given = [name for name in ("text", "messages", "input_ids") if getattr(self, name) is not None]
         if len(given) != 1:
-            fields = f" (only `{'`, `'.join(self.model_extra)}`)" if self.model_extra and not given else ""
+            fields = (
+                f" (only `{'`, `'.join(self.model_extra)}`; text that holds `: ` needs quotes)"
+                if self.model_extra and not given
+                else ""
+            )
             raise ValueError(
                 f"a prompt needs exactly one of `text`, `messages` and `input_ids`; this has {' and '.join(given) or 'none'}{fields}"
             )
@@ -219,7 +223,10 @@ class PromptsSpec(_Strict):
         if self.rows == []:
             raise ValueError("the list is empty")
         if self.file is not None and self.kind is None:
-            raise ValueError(f"the name `{self.file}` does not end in .txt or .jsonl; say `format: txt` or `format: jsonl`")
+            raise ValueError(
+                f"the name `{self.file}` does not end in .txt (a prompt a line) or .jsonl (a JSON object or text a line), and nothing "
+                "else is read; if it holds one of these under another name, say so with `format: txt` or `format: jsonl`"
+            )
         return self
 
     @property
