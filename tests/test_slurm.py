@@ -449,8 +449,8 @@ def test_a_job_that_meets_its_time_limit_is_queued_again_until_the_dump_is_done(
     limited.until(lambda: (limited.folder / "out" / "manifest.json").exists())
     assert limited.end(job) == [DONE]
     assert contents(limited.folder / "out") == whole
-    assert limited.tasks(job)[0]["Restarts"] == "1"
-    assert "1" in limited.slurm("SLURM_RESTART_COUNT")
+    assert int(limited.tasks(job)[0]["Restarts"]) >= 1  # more, where the machine is slow
+    assert max(map(int, limited.slurm("SLURM_RESTART_COUNT"))) >= 1
     log = limited.logs()[f"spec-{job}.log"]
     assert "goes on" in log
     assert "done: 40 prompts" in log
