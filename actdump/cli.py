@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from actdump.errors import ActdumpError, DataError, MissingError, Stopped, StorageError, UsageError
-from actdump.signals import StopSignals, let_go, seconds
+from actdump.signals import StopSignals, ignore, let_go, seconds
 
 if TYPE_CHECKING:
     from actdump.job import Outcome
@@ -430,6 +430,7 @@ def _end(code: str | int | None) -> NoReturn:
     """End without waiting for what a stop abandoned, such as a model that is being loaded."""
     from actdump import console
 
+    ignore()
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

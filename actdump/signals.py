@@ -34,6 +34,13 @@ def let_go() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
+def ignore() -> None:
+    """Be deaf to those that a scheduler sends, because the process ends: Python gives up its handlers long before it is gone."""
+    for number in STOPPING:
+        if number != signal.SIGINT:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def seconds(text: str) -> float:
     """A duration in seconds: `90s`, `55m`, `1h30m`, `3600`.
 

@@ -94,6 +94,22 @@ threading.Thread(target=os.kill, args=(os.getpid(), {number})).start()
     assert str(done.returncode) == ends.format(number=number)
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_changes_nothing_while_python_ends(name):
+    """When it takes modules apart, its handlers are gone."""
+    code = f"""
+import os, sys
+from actdump import cli
+class Late:
+    def __init__(self): self.kill, self.process = os.kill, os.getpid()
+    def __del__(self): self.kill(self.process, {signal.Signals[name].value})
+late = Late()
+sys.argv[1:] = ["schema"]
+cli.main()
+"""
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
 @pytest.mark.parametrize("wrong", ["", "0", "-5", "1d", "m", "1m1h", "5 m", "1:00", "1h30"])
 def test_a_wrong_time_is_refused(wrong):
     with pytest.raises(UsageError, match="--stop-after"):
