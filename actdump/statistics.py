@@ -72,7 +72,7 @@ def statistics_to_json(statistics: Mapping[str, Statistics]) -> dict[str, Any]:
 def _told(figure: Any) -> Any:
     if isinstance(figure, tuple):
         return list(map(_told, figure))
-    return None if isinstance(figure, float) and math.isnan(figure) else figure
+    return None if isinstance(figure, float) and not math.isfinite(figure) else figure
 
 
 def statistics_from_json(value: Mapping[str, Any]) -> dict[str, Statistics]:

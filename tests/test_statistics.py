@@ -113,6 +113,8 @@ def test_what_float64_does_not_hold_is_null_in_json(signs):
     assert math.isnan(there.std)
     assert [*map(math.isnan, there.norm_by_position)] == [True, True, *[False] * 6]
     assert json.dumps(statistics_to_json({"a": merged([there, there])}), allow_nan=False)
+    apart = merged([measured(torch.full((2, 4), sign * 1e200, dtype=torch.float64), (2,)) for sign in signs])
+    assert json.dumps(statistics_to_json({"a": apart}), allow_nan=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -925,6 +925,17 @@ def test_a_call_is_a_number(call, gpt2):
 def test_lists_of_a_tokenizer_are_asked_for_as_tensors(model):
     with pytest.raises(UsageError, match='return_tensors="pt"'):
         model.trace(model.tokenizer("the cat"))
+    with pytest.raises(UsageError, match='return_tensors="pt"'):
+        model.trace(**model.tokenizer("the cat"))
+
+
+def test_the_models_own_arguments_may_begin_with_none(gpt2):
+    model, embedded = wrap(gpt2), gpt2.transformer.wte(torch.tensor([[1, 2, 3]]))
+    with model.trace(None, inputs_embeds=embedded):
+        kept = model.transformer.h[0].output[0].save()
+    with model.trace([1, 2, 3]):
+        plain = model.transformer.h[0].output[0].save()
+    assert torch.equal(kept.value, plain.value)
 
 
 def test_a_compiled_model_is_traced_as_what_it_was_made_of(gpt2):

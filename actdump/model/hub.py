@@ -3,11 +3,13 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
 
 from actdump.errors import ActdumpError, DataError, MissingError, UsageError, did_you_mean
@@ -28,16 +30,16 @@ _SENTENCES = (
 
 
 def ask_once(name: str, revision: str | None) -> None:
-    """Ask the hub once whether it is there, where nothing is cached: without a network, loading asks six times in 20 seconds.
+    """Ask the hub once whether it is there, where nothing of a name is cached: without a network, loading asks six times in 20 seconds.
 
     An answer of any kind lets the name pass.
 
     Raises:
         OSError: the hub does not answer.
     """
+    if Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model")).is_dir():
+        return
     try:
-        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
-            return
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
     except (HfHubHTTPError, HFValidationError):
         return  # an answer; or no name of the hub, which loading will say

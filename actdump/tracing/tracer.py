@@ -100,12 +100,8 @@ def work(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Forw
     if takes_ids and len(args) == 1 and isinstance(given, Tensor) and given.ndim != 1:
         given = {"input_ids": given}
     if isinstance(given, Mapping) and len(args) == 1:
-        if isinstance(given.get("input_ids"), list):
-            raise UsageError(
-                '`input_ids` is a list, and the model takes tensors: ask the tokenizer for them with `return_tensors="pt"`'
-            )
         return _own((), {**given, **kwargs})
-    if takes_ids and len(args) == 1 and not isinstance(given, str | list | tuple | Tensor):
+    if takes_ids and len(args) == 1 and not kwargs and not isinstance(given, str | list | tuple | Tensor):
         raise UsageError(f"trace takes a prompt, a list of prompts, token ids, or the model's own arguments, not {given!r}")
     texts = isinstance(given, str) or (isinstance(given, list | tuple) and any(isinstance(entry, str) for entry in given))
     if not texts and not (takes_ids and isinstance(given, list | tuple | Tensor)):
@@ -126,6 +122,10 @@ def _is_number(entry: object) -> bool:
 
 
 def _own(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Forward:
+    if isinstance(kwargs.get("input_ids"), list):
+        raise UsageError(
+            '`input_ids` is a list, and the model takes tensors: ask the tokenizer for them with `return_tensors="pt"`'
+        )
     given = [*enumerate(args), *kwargs.items()]
     plain = all(isinstance(value, Tensor | int | float | str | None) for _, value in given)
     return _Forward(args, kwargs, tuple((name, _likeness(value)) for name, value in given) if plain else None)
