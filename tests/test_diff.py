@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import actdump
-from actdump import diff, job, reader
+from actdump import diff, job
 from actdump.cli import app
 from actdump.diff import Limits
+from actdump.reader import dump as dump_module
 from actdump.spec import Spec
 
 CONFIG = {
@@ -145,7 +146,7 @@ def test_figures_are_those_of_all_tokens_at_once(root, copy, monkeypatch):
     cosine = torch.cosine_similarity(one, other)
     assert (found.cosine, found.mean_cosine) == pytest.approx((cosine.min().item(), cosine.mean().item()))
     monkeypatch.setattr(diff, "PIECE", 40)
-    monkeypatch.setattr(reader, "KEPT", 1)
+    monkeypatch.setattr(dump_module, "KEPT", 1)
     pieces = tap(compare(root, copy), "block")
     assert pieces.first == found.first
     assert (pieces.median, pieces.largest, pieces.beyond) == (found.median, found.largest, found.beyond)
