@@ -13,14 +13,17 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from torch.backends.cuda import cudnn_sdp_enabled
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, GPT2LMHeadModel
 
 import actdump
 from actdump import engine, inputs, job, store, verify
 from actdump.errors import ActdumpError, DataError, OccupiedError, Stopped, StorageError, UsageError
-from actdump.job import capturing, lanes, loop
+from actdump.format import Folder
+from actdump.job import bound, capturing, lanes, loop
+from actdump.job.bound import SHARDS, SHARDS_ACCELERATOR
 from actdump.job.watching import Silent
-from actdump.plan import SHARDS
 from actdump.spec import Spec, load
 
 CONFIG = {
@@ -644,7 +647,7 @@ for count in (2_000, 200_000):
     with store.Intake(Folder(place)) as intake:
         for given_prompts, ids in model.tokenise(prompts.read(given), None, spec.TokenizerSpec(), source):
             intake.add(given_prompts, ids)
-        parts = plan.parts([column], intake.lengths, most_bytes=10**9, most_tokens=262_144)
+        parts = plan.parts([column], intake.lengths, most_bytes=10**9, most_tokens=262_144, most_shards=4)
         intake.place([shard for part in parts for shard in part.shards])
         made = plan.make({}, [column], parts, plan.Budget(512))
         intake.commit(made, {}, plan_to_json)
@@ -671,6 +674,31 @@ def test_rows_that_arrive_later_give_the_same_files(tmp_path, monkeypatch):
     assert len(at_once) > SHARDS
     assert [path.read_bytes() for path in at_once] == [path.read_bytes() for path in later]
     assert actdump.open(tmp_path / "at_once").manifest.statistics == actdump.open(tmp_path / "later").manifest.statistics
+
+
+def test_a_part_has_more_shards_on_an_accelerator(tmp_path, monkeypatch):
+    spec = make_spec(100, shard={"size": 2500})
+    job.run(spec, tmp_path / "cpu")
+    monkeypatch.setattr(bound, "_on_cpu", lambda _: False)
+    job.run(spec, tmp_path / "accelerator")
+    plans = [store.load_plan(Folder(tmp_path / name))[0] for name in ("cpu", "accelerator")]
+    assert [max(len(part.shards) for part in plan.parts) for plan in plans] == [SHARDS, SHARDS_ACCELERATOR]
+    assert len(plans[1].parts) > 1
+
+
+def test_probe_and_run_use_attention_kernels_without_plans_and_the_audit_those_of_torch(tmp_path):
+    """cuDNN's, which torch may choose on CUDA, build a plan for each new shape."""
+    seen = []
+    watching = register_module_forward_pre_hook(
+        lambda module, _: seen.append(cudnn_sdp_enabled()) if isinstance(module, GPT2LMHeadModel) else None
+    )
+    try:
+        job.run(make_spec(12, audit=2), tmp_path / "out")
+    finally:
+        watching.remove()
+    assert seen == sorted(seen)
+    assert seen.count(True) == 2
+    assert cudnn_sdp_enabled()
 
 
 def test_a_batch_waits_for_the_rows_of_those_before_it_where_memory_holds_not_both(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actdump.address import Slice
-from actdump.plan import SHARDS, Batch, Budget, Column, Layout, Part, Span, batches, digest, make, padded, parts, prompt_bytes
+from actdump.plan import Batch, Budget, Column, Layout, Part, Span, batches, digest, make, padded, parts, prompt_bytes
 
 ROWS = Layout((Slice(), 8), "float32")
 COLUMN = Column("x", "h[-1].output", "h[1].output", "Block", "tensor", "all", None, ("batch", "token", "8"), ROWS)
@@ -56,13 +56,31 @@ def test_prompts_of_like_length_share_a_batch_longest_first():
     assert padded([4, 9, 4, 9, 9, 4], cut) == 39
 
 
+@given(lengths, budgets)
+def test_no_cut_at_full_batches_costs_less(lengths, budget):
+    full = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        most = min(budget.prompts or len(lengths), budget.tokens // lengths[full[-1][0]]) if full else 0
+        if not full or len(full[-1]) >= most:
+            full.append([])
+        full[-1].append(place)
+    costs = [padded(lengths, cut) + len(cut) * budget.tokens / 10 for cut in (batches(lengths, budget), full)]
+    assert costs[0] <= costs[1]
+
+
+def test_a_batch_ends_where_padding_would_cost_more_than_another_forward():
+    assert batches([100, 100, 10, 10, 10], Budget(1000)) == [[0, 1], [2, 3, 4]]
+    assert batches([100, 100, 90, 90, 90], Budget(1000)) == [[0, 1, 2, 3, 4]]
+
+
 def test_padded_counts_the_padding():
     assert padded([5, 3, 2], [[0, 1], [2]]) == 12
 
 
 @given(lengths, st.integers(1, 3000), st.integers(1, 300))
 def test_shards_are_consecutive_and_under_the_limits(lengths, most_bytes, most_tokens):
-    cut = [shard for part in parts([COLUMN], lengths, most_bytes=most_bytes, most_tokens=most_tokens) for shard in part.shards]
+    parted = parts([COLUMN], lengths, most_bytes=most_bytes, most_tokens=most_tokens, most_shards=4)
+    cut = [shard for part in parted for shard in part.shards]
     held = [lengths[shard.first : shard.first + shard.prompts] for shard in cut]
     assert [length for inside in held for length in inside] == lengths
     assert [shard.number for shard in cut] == list(range(len(cut)))
@@ -74,23 +92,23 @@ def test_shards_are_consecutive_and_under_the_limits(lengths, most_bytes, most_t
         assert size > most_bytes or sum(inside) + after[0] > most_tokens
 
 
-@given(lengths, st.integers(1, 3000), st.integers(1, 300))
-def test_parts_are_a_few_shards_under_the_limit_of_tokens(lengths, most_bytes, most_tokens):
-    cut = parts([COLUMN], lengths, most_bytes=most_bytes, most_tokens=most_tokens)
+@given(lengths, st.integers(1, 3000), st.integers(1, 300), st.integers(1, 6))
+def test_parts_are_a_few_shards_under_the_limit_of_tokens(lengths, most_bytes, most_tokens, most_shards):
+    cut = parts([COLUMN], lengths, most_bytes=most_bytes, most_tokens=most_tokens, most_shards=most_shards)
     assert [part.number for part in cut] == list(range(len(cut)))
     assert [part.first for part in cut] == list(accumulate((part.prompts for part in cut[:-1]), initial=0))
     for part in cut:
-        assert len(part.shards) == 1 or (len(part.shards) <= SHARDS and part.tokens <= most_tokens)
+        assert len(part.shards) == 1 or (len(part.shards) <= most_shards and part.tokens <= most_tokens)
         assert (part.tokens, part.bytes) == (
             sum(shard.tokens for shard in part.shards),
             sum(shard.bytes for shard in part.shards),
         )
     for part, after in pairwise(cut):  # a part ends only where the next shard would not fit
-        assert len(part.shards) == SHARDS or part.tokens + after.shards[0].tokens > most_tokens
+        assert len(part.shards) == most_shards or part.tokens + after.shards[0].tokens > most_tokens
 
 
 def test_no_prompts_make_no_parts():
-    assert parts([COLUMN], [], most_bytes=1, most_tokens=1) == ()
+    assert parts([COLUMN], [], most_bytes=1, most_tokens=1, most_shards=1) == ()
 
 
 def planned(*, facts=None, column=COLUMN, parts=PARTS, budget=Budget(512)):  # noqa: B008 (frozen)

@@ -21,11 +21,12 @@ from safetensors.torch import load_file
 from actdump import store
 from actdump.errors import DataError, OccupiedError, StorageError
 from actdump.format import Folder, plan_from_json, plan_to_json, shard_layout, temporary
-from actdump.plan import SHARDS, Budget, Column, Layout, Part, Slice, Span, make, parts, prompt_bytes
+from actdump.plan import Budget, Column, Layout, Part, Slice, Span, make, parts, prompt_bytes
 from actdump.prompts import Prompt
 from actdump.statistics import Statistics
 from actdump.store import pending as pendings
 from actdump.store.files import to_json
+from actdump.store.writer import UNSEALED
 
 LENGTHS = (3, 1, 4, 2)
 IDS = [np.arange(length, dtype=np.int32) + 10 * place for place, length in enumerate(LENGTHS)]
@@ -77,7 +78,7 @@ def take_in(folder, most_tokens=100, most_bytes=10**6):
     with store.Intake(folder) as intake:
         for number, ids in enumerate(IDS):
             intake.add([prompt(number, "ü\t", {"label": number} if number else {})], [ids.tolist()])
-        cut = parts(COLUMNS, intake.lengths, most_bytes=most_bytes, most_tokens=most_tokens)
+        cut = parts(COLUMNS, intake.lengths, most_bytes=most_bytes, most_tokens=most_tokens, most_shards=4)
         intake.place(shard for part in cut for shard in part.shards)
         plan = make(intake.facts, COLUMNS, cut, Budget(8))
         intake.commit(plan, {"prompts": [1, 2]}, plan_to_json)
@@ -386,7 +387,8 @@ def test_a_line_holds_what_the_user_gave_and_token_ids_stand_in_the_shard(folder
     given = [prompt(0, messages), prompt(1, [1, 2], {"source": {"deep": [None, 0.5]}}), prompt(2, "c")]
     with store.Intake(folder) as intake:
         intake.add(given, [[1], [1, 2], [3]])
-        intake.place(shard for part in parts(COLUMNS, intake.lengths, most_bytes=10**6, most_tokens=2) for shard in part.shards)
+        cut = parts(COLUMNS, intake.lengths, most_bytes=10**6, most_tokens=2, most_shards=4)
+        intake.place(shard for part in cut for shard in part.shards)
         intake.commit(None, {}, plan_to_json)
     assert list(map(json.loads, folder.prompts.read_text().splitlines())) == [
         {"number": 0, "id": "p0", "tokens": 1, "shard": 0, "messages": messages},
@@ -535,7 +537,7 @@ def test_no_more_shards_are_sealed_at_once_than_was_said():
 
     def hold_three(writer):  # parts
         for _ in range(3):
-            writer.hold([lambda: (begun.append(1), gate.wait(10))] * SHARDS)
+            writer.hold([lambda: (begun.append(1), gate.wait(10))] * (UNSEALED // 2))
         writer.let_go()
 
     with store.Writer(seals=2) as writer:
@@ -550,7 +552,7 @@ def test_no_more_shards_are_sealed_at_once_than_was_said():
         gate.set()
         late.join()
         writer.finish()
-    assert len(begun) == 3 * SHARDS
+    assert len(begun) == 3 * UNSEALED // 2
 
 
 def test_a_seal_that_failed_is_told_at_the_next_call():

@@ -5,6 +5,7 @@ dropped. The probe makes this so: it sends tiny inputs of two shapes through the
 gave, which labels every axis; then it shows, on values, that a prompt cut out of a padded batch is the prompt run alone.
 """
 
+from actdump.engine.attention import any_shape
 from actdump.engine.axes import Fault
 from actdump.engine.capture import capture, evened, stream
 from actdump.engine.measure import Measured
@@ -24,6 +25,7 @@ __all__ = [
     "Padded",
     "Rows",
     "Site",
+    "any_shape",
     "bind",
     "breaking_off",
     "capture",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from actdump import prompts, store
 from actdump.errors import MissingError, SpecError
-from actdump.job.bound import Bound
+from actdump.job.bound import Bound, shards_for
 from actdump.job.underway import patiently
 from actdump.job.watching import Watcher
 from actdump.plan import Part, parts
@@ -85,4 +85,5 @@ def cut(spec: Spec, bound: Bound, lengths: Sequence[int], stdin: Path | None) ->
             log.warning(
                 "%s: keeps nothing of any prompt, because none has tokens at the positions that it asks for", column.name
             )
-    return parts(bound.columns, lengths, most_bytes=spec.shard.size, most_tokens=spec.shard.tokens)
+    limits = spec.shard
+    return parts(bound.columns, lengths, most_bytes=limits.size, most_tokens=limits.tokens, most_shards=shards_for(spec))

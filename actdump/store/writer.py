@@ -7,11 +7,11 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from actdump.plan import SHARDS
 from actdump.store.pending import Pending
 from actdump.store.threads import shut_down
 
 AHEAD = 2  # batches, or parts, that may wait for one thread
+UNSEALED = 32  # shards that may wait for a thread that seals
 BESIDE = 4  # batches that may be on their way where a device computes and the threads have the cores for themselves
 
 
@@ -28,7 +28,7 @@ class Writer:
             seals: how many shards can be sealed at once, beside the tasks; 0: they are tasks like any other.
         """
         self._tasks = _Threads("actdump-writer", BESIDE, BESIDE) if seals else _Threads("actdump-writer", 1, AHEAD)
-        self._seals = _Threads("actdump-sealer", seals, AHEAD * SHARDS) if seals else self._tasks
+        self._seals = _Threads("actdump-sealer", seals, UNSEALED) if seals else self._tasks
         self._held: list[Callable[[], None]] = []
 
     def do(self, task: Callable[..., Any], *args: Any) -> "Future[None]":

@@ -60,7 +60,7 @@ def _tokens_for(prompts: Prompts, parts: int) -> int:
     """The fewest tokens of a part with which prompts come to no more than so many parts."""
 
     def count(tokens: int) -> int:
-        return len(plan.parts((), prompts.lengths, most_bytes=sys.maxsize, most_tokens=tokens))
+        return len(plan.parts((), prompts.lengths, most_bytes=sys.maxsize, most_tokens=tokens, most_shards=1))
 
     return 1 + bisect_left(range(1, prompts.tokens), -parts, key=lambda tokens: -count(tokens))
 

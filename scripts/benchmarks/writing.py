@@ -13,6 +13,7 @@ import numpy as np
 from actdump import store
 from actdump.address import Slice
 from actdump.format import Folder
+from actdump.job.bound import SHARDS
 from actdump.plan import Budget, Column, Layout, Plan, batches, make, parts
 from benchmarks.rounds import Figure, Goal, in_turns, timed
 from benchmarks.setting import Setting
@@ -45,7 +46,7 @@ def _plan(prompts: int) -> tuple[Plan, Array]:
     """Prompts of mixed length, and the plan of task A for them."""
     lengths = np.clip(np.random.default_rng(0).lognormal(np.log(MEDIAN), 0.9, prompts), 5, 400).astype(int)
     columns = [_column(f"layer{number}") for number in range(TAPS)]
-    cut = parts(columns, lengths.tolist(), most_bytes=10**9, most_tokens=262_144)
+    cut = parts(columns, lengths.tolist(), most_bytes=10**9, most_tokens=262_144, most_shards=SHARDS)
     facts = {"spec": {}, "inputs": {}, "tokens": "", "prompts": {"bytes": 0, "sha256": ""}}
     return make(facts, columns, cut, Budget(BUDGET)), lengths
 
