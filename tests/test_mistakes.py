@@ -124,6 +124,14 @@ SPECS = {
         GOOD.replace("save:\n  - transformer.h[-1].output[0]", "save: [transformer.h[-1].output[0]]"),
         ["spec.yaml:5: not YAML", "must be quoted"],
     ),
+    "unclosed bracket": (
+        GOOD.replace("save:\n  - transformer.h[-1].output[0]", "save: [transformer.wte.output,"),
+        ["spec.yaml:5: not YAML: the `[` here is not closed before line 7"],
+    ),
+    "bracket in a flow mapping of several lines": (
+        GOOD.replace("  - transformer.h[-1].output[0]", "  {\n    a: transformer.h[-1].output[0]\n  }"),
+        ["spec.yaml:6: not YAML: the `{` here is not closed before line 7", "an address in it is not quoted"],
+    ),
     "tab": (GOOD.replace("  - input_ids: [4", "\t- input_ids: [4"), ["spec.yaml:4: not YAML", "tabs"]),
     "not a mapping": ("- one\n- two\n", ["spec.yaml:1: a spec is a mapping", "not a list"]),
     "empty": ("", ["spec.yaml:1: `model` is missing", "`prompts` is missing", "`save` is missing"]),

@@ -32,6 +32,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+import actdump
 from actdump import job, model
 from actdump.errors import ActdumpError, MissingError, SpecError, UsageError
 from actdump.model import hub, tokenizer
@@ -495,3 +496,14 @@ def test_the_task_is_that_of_the_architecture(architecture: str, kind: str, task
 
 def test_each_task_of_the_spec_has_its_class() -> None:
     assert tuple(CLASSES) == get_args(Task)
+
+
+def test_load_takes_what_torch_calls_dtypes_and_devices():
+    config = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 40}
+    loaded = actdump.load(config=config, dtype=torch.float64, device=torch.device("cpu"))
+    assert (loaded.dtype, loaded.device) == (torch.float64, torch.device("cpu"))
+
+
+def test_load_says_how_a_config_is_given():
+    with pytest.raises(UsageError, match=r"not dict; a config is given as `config=\{…\}`"):
+        actdump.load({"model_type": "gpt2"})

@@ -301,6 +301,8 @@ def test_references_made_before_the_block_work_inside_it(model, gpt2):
         (lambda model: model.transformer.h[3], r"h\[2\].*3 entries"),
         (lambda model: model.transformer.h[0].atn, "attn"),
         (lambda model: model.transformer[0], "not a list"),
+        (lambda model: model.transformer.h[0].outputt, "its values are `.output`"),
+        (lambda model: model.transformer.h[0].save(), r"`\.output\.save\(\)`"),
     ],
 )
 def test_a_wrong_name_is_an_error_at_once(model, wrong, says):
@@ -548,7 +550,7 @@ def test_several_prompts_each_as_if_alone(modules, name):
 
 
 def test_several_prompts_are_probed_once_and_cut_into_batches(model, gpt2, monkeypatch):
-    monkeypatch.setattr("actdump.tracing.tracer.BUDGET", Budget(tokens=8))
+    monkeypatch.setattr("actdump.tracing.tracer.BUDGET", Budget(tokens=12))
     shapes = []
     watch = gpt2.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True

@@ -1,6 +1,6 @@
 """The spec: the YAML file as strict models. Every mistake in it is reported at once, with file, line and what would be right."""
 
-from actdump.spec.document import load, model_spec, said
+from actdump.spec.document import load, model_spec
 from actdump.spec.models import (
     LOCAL,
     BatchSpec,
@@ -14,6 +14,7 @@ from actdump.spec.models import (
     TokenizerSpec,
     path_of,
 )
+from actdump.spec.wording import said
 
 __all__ = [
     "LOCAL",

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from actdump.errors import MissingError, SpecError, UsageError, did_you_mean
-from actdump.spec.models import BatchSpec, ModelSpec, PromptsSpec, SaveSpec, ShardSpec, Spec, TokenizerSpec, Where, kind_of
+from actdump.errors import MissingError, SpecError, UsageError
+from actdump.spec.models import ModelSpec, Spec, Where, kind_of
+from actdump.spec.wording import said, told
 
 
 def load(path: Path, sets: Sequence[str] = ()) -> Spec:
@@ -73,8 +74,12 @@ class _Document:
             )
 
     def _syntax(self, error: yaml.MarkedYAMLError, text: str) -> str:
-        mark = error.problem_mark or error.context_mark
+        mark, begin = error.problem_mark or error.context_mark, error.context_mark
         line = mark.line if mark else 0
+        if begin is not None and begin.line < line and "flow" in (error.context or ""):
+            bracket = text.splitlines()[begin.line][begin.column]
+            quoted = ', or an address in it is not quoted, as in "h[0].output"' if "'['" in (error.problem or "") else ""
+            return f"{self.name}:{begin.line + 1}: not YAML: the `{bracket}` here is not closed before line {line + 1}{quoted}"
         message = f"{self.name}:{line + 1}: not YAML: {error.problem or error.context}"
         lines = text.splitlines()
         near = lines[line] if line < len(lines) else ""
@@ -209,7 +214,7 @@ class _Document:
                 found.setdefault(self._place(each["loc"]), []).append(each)
             for where, errors in found.items():
                 if self._line(where) not in self.unset:  # what follows from a missing variable is no mistake of its own
-                    for text in _told(errors, where):
+                    for text in told(errors, where):
                         self._mistake(self._lines(where), text)
         if self.mistakes or spec is None:
             ordered = sorted(self.mistakes, key=lambda mistake: self._order(mistake[0]))
@@ -265,66 +270,6 @@ def _plain_scalar(text: str) -> Any:
         return yaml.constructor.SafeConstructor().construct_object(yaml.ScalarNode(tag, text))
     except ValueError:  # as `0b_`, which is a number by the rule for how one looks alone
         return text
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
-_SECTIONS: dict[Where, type[BaseModel]] = {
-    (): Spec, ("model",): ModelSpec, ("prompts",): PromptsSpec, ("tokenizer",): TokenizerSpec,
-    ("batch",): BatchSpec, ("shard",): ShardSpec,
-}  # fmt: skip
-_EXPECTED = {
-    "string_type": "text", "int_type": "a whole number", "bool_type": "true or false", "list_type": "a list",
-    "dict_type": "a mapping", "model_type": "a mapping", "model_attributes_type": "a mapping",
-}  # fmt: skip
-
-
-def _told(errors: Sequence[Any], where: Where) -> list[str]:
-    """Pydantic's complaints about one place; where it may be of several kinds, one sentence names them all."""
-    if len(errors) > 1 and all(error["type"] in _EXPECTED for error in errors):
-        kinds = " or ".join(dict.fromkeys(_EXPECTED[error["type"]] for error in errors))
-        return [_of_another_kind(errors[0], where, kinds)]
-    return [said(error, where) for error in errors]
-
-
-def _of_another_kind(error: Any, where: Where, kinds: str) -> str:
-    keys = f" of {', '.join(_keys(where))}" if kinds == "a mapping" and where in _SECTIONS else ""
-    return f"{_key(where)}: must be {kinds}{keys}, not {kind_of(error['input'])} `{_short(error['input'])}`"
-
-
-def _keys(section: Where) -> list[str]:
-    return [name for name in _SECTIONS.get(section, SaveSpec).model_fields if name != "rows"]
-
-
-def _key(where: Where) -> str:
-    return ".".join(str(part) for part in where if isinstance(part, str)) or "the spec"
-
-
-def said(error: Any, where: Where) -> str:
-    """One of pydantic's complaints in our words."""
-    key, kind = _key(where), error["type"]
-    if kind == "extra_forbidden":
-        return f"unknown key `{key}`{did_you_mean(str(where[-1]), _keys(where[:-1]))}"
-    if kind == "missing":
-        form = "; an entry is an address, or `{name: …, address: …}`" if key == "save.address" else ""
-        return f"`{key}` is missing{form}"
-    if kind == "value_error":
-        message = str(error["ctx"]["error"])
-        return message if not where or message.startswith(f"{key}:") else f"{key}: {message}"
-    if kind == "literal_error":
-        return f"{key}: `{_short(error['input'])}` is not one of {error['ctx']['expected']}"
-    if kind in _EXPECTED:
-        return _of_another_kind(error, where, _EXPECTED[kind])
-    if kind == "greater_than_equal":
-        return f"{key}: must be {error['ctx']['ge']} or more"
-    if kind == "less_than_equal":
-        return f"{key}: must be {error['ctx']['le']} or less"
-    if kind == "string_unicode":
-        return f"{key}: half a character (a lone surrogate), which is no text"
-    return f"{key}: {error['msg']}"
 
 
 def model_spec(name: str | None, options: Mapping[str, Any]) -> ModelSpec:

@@ -3,8 +3,10 @@
 import operator
 import os
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from actdump.address import PORTS, Address, Child, Nth, Step, Tree, children, expand, module_at, path_text
@@ -64,7 +66,7 @@ class Reference:
         try:
             (found,) = expand(Address((*steps, step), "output"), cast(Tree, traced.module))
         except AddressError as error:
-            raise _NoChildError(str(error)) from None
+            raise _NoChildError(f"{error}{_values_of(step)}") from None
         return Reference(traced, found.module, module_at(found, cast(Tree, traced.module)))
 
     def __len__(self) -> int:
@@ -93,6 +95,16 @@ class Reference:
 
     def __repr__(self) -> str:
         return repr(self._actdump[2])
+
+
+def _values_of(step: Step) -> str:
+    """What to write where a name is that of no child, but near to what values have."""
+    if not isinstance(step, Child):
+        return ""
+    if step.name in ("save", "value"):
+        return "; its values have that: `.output.save()`"
+    near = get_close_matches(step.name, PORTS, n=1, cutoff=0.8)
+    return f"; its values are `.{near[0]}`" if near else ""
 
 
 class Model(Reference):
@@ -149,7 +161,8 @@ def load(name: str | os.PathLike[str] | None = None, **options: Any) -> Model:
 
     Args:
         name: a hub id or a folder; none where `config=` makes a model of random weights.
-        options: the keys of the spec's `model`: `revision`, `task`, `dtype`, `device`, `attn_implementation`, `gguf_file`, …
+        options: the keys of the spec's `model`: `revision`, `task`, `dtype`, `device`, `attn_implementation`, `gguf_file`, …; dtype and
+            device also as torch has them.
 
     Raises:
         MissingError: there is no such model.
@@ -158,5 +171,13 @@ def load(name: str | os.PathLike[str] | None = None, **options: Any) -> Model:
     from actdump import model
     from actdump.spec import TokenizerSpec, model_spec
 
-    source = model.find(model_spec(None if name is None else os.fspath(name), options))
+    if not isinstance(name, str | os.PathLike | None):
+        raise UsageError(f"load takes the name of a model, not {type(name).__name__}; a config is given as `config={{…}}`")
+    plain = {key: _as_written(option) for key, option in options.items()}
+    source = model.find(model_spec(None if name is None else os.fspath(name), plain))
     return Model(model.load(source), model.load_tokenizer(TokenizerSpec(), source))
+
+
+def _as_written(option: Any) -> Any:
+    """An option as a spec has it: `torch.float32` as `float32`."""
+    return str(option).removeprefix("torch.") if isinstance(option, torch.dtype | torch.device) else option

@@ -1,0 +1,68 @@
+"""What is wrong with a spec, in words: pydantic's complaints as a user of the spec would tell them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from actdump.errors import did_you_mean
+from actdump.spec.models import BatchSpec, ModelSpec, PromptsSpec, SaveSpec, ShardSpec, Spec, TokenizerSpec, Where, kind_of
+
+_SECTIONS: dict[Where, type[BaseModel]] = {
+    (): Spec, ("model",): ModelSpec, ("prompts",): PromptsSpec, ("tokenizer",): TokenizerSpec,
+    ("batch",): BatchSpec, ("shard",): ShardSpec,
+}  # fmt: skip
+_EXPECTED = {
+    "string_type": "text", "int_type": "a whole number", "bool_type": "true or false", "list_type": "a list",
+    "dict_type": "a mapping", "model_type": "a mapping", "model_attributes_type": "a mapping",
+}  # fmt: skip
+
+
+def told(errors: Sequence[Any], where: Where) -> list[str]:
+    """Pydantic's complaints about one place; where it may be of several kinds, one sentence names them all."""
+    if len(errors) > 1 and all(error["type"] in _EXPECTED for error in errors):
+        kinds = " or ".join(dict.fromkeys(_EXPECTED[error["type"]] for error in errors))
+        return [_of_another_kind(errors[0], where, kinds)]
+    return [said(error, where) for error in errors]
+
+
+def _of_another_kind(error: Any, where: Where, kinds: str) -> str:
+    keys = f" of {', '.join(_keys(where))}" if kinds == "a mapping" and where in _SECTIONS else ""
+    return f"{_key(where)}: must be {kinds}{keys}, not {kind_of(error['input'])} `{_short(error['input'])}`"
+
+
+def _keys(section: Where) -> list[str]:
+    return [name for name in _SECTIONS.get(section, SaveSpec).model_fields if name != "rows"]
+
+
+def _key(where: Where) -> str:
+    return ".".join(str(part) for part in where if isinstance(part, str)) or "the spec"
+
+
+def said(error: Any, where: Where) -> str:
+    """One of pydantic's complaints in our words."""
+    key, kind = _key(where), error["type"]
+    if kind == "extra_forbidden":
+        return f"unknown key `{key}`{did_you_mean(str(where[-1]), _keys(where[:-1]))}"
+    if kind == "missing":
+        form = "; an entry is an address, or `{name: …, address: …}`" if key == "save.address" else ""
+        return f"`{key}` is missing{form}"
+    if kind == "value_error":
+        message = str(error["ctx"]["error"])
+        return message if not where or message.startswith(f"{key}:") else f"{key}: {message}"
+    if kind == "literal_error":
+        return f"{key}: `{_short(error['input'])}` is not one of {error['ctx']['expected']}"
+    if kind in _EXPECTED:
+        return _of_another_kind(error, where, _EXPECTED[kind])
+    if kind == "greater_than_equal":
+        return f"{key}: must be {error['ctx']['ge']} or more"
+    if kind == "less_than_equal":
+        return f"{key}: must be {error['ctx']['le']} or less"
+    if kind == "string_unicode":
+        return f"{key}: half a character (a lone surrogate), which is no text"
+    return f"{key}: {error['msg']}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "…"
