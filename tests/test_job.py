@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from threading import current_thread
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from actdump.job import bound, capturing, lanes, loop
 from actdump.job.bound import SHARDS, SHARDS_ACCELERATOR
 from actdump.job.watching import Silent
 from actdump.spec import Spec, load
+from actdump.store import pending
 
 CONFIG = {
     "model_type": "gpt2", "vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32,
@@ -669,7 +671,11 @@ def test_rows_that_arrive_later_give_the_same_files(tmp_path, monkeypatch):
     job.run(spec, tmp_path / "at_once")
     monkeypatch.setattr(capturing, "arrives_later", lambda _: True)
     monkeypatch.setattr(capturing, "_seals", lambda: SHARDS)
+    monkeypatch.setattr(pending, "FLUSH", 1)  # the threads that seal flush beside the rows, and beside each other
+    flushed, flush = [], pending.Pending.flush
+    monkeypatch.setattr(pending.Pending, "flush", lambda part: (flushed.append(current_thread().name), flush(part)))
     job.run(spec, tmp_path / "later")
+    assert flushed and all(name.startswith("actdump-sealer") for name in flushed)
     at_once, later = (sorted(tmp_path.glob(f"{name}/shards/*.safetensors")) for name in ("at_once", "later"))
     assert len(at_once) > SHARDS
     assert [path.read_bytes() for path in at_once] == [path.read_bytes() for path in later]

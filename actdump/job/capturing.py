@@ -124,7 +124,7 @@ class _Filling:
                 self._puts.append(self.writer.do(self._complete_later, arrival))
             else:
                 arrival.complete(self._seen)
-                self.writer.flush(self.pending)
+            self.writer.flush(self.pending)
 
     def _complete_later(self, arrival: "_Arrival") -> None:
         """In the writer's threads, where a lack of memory is that of no batch, and halving one mends nothing."""

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from actdump.format import OFFSETS, TOKENS, VERSION, Folder, Shard, shard_layout, shard_to_json, temporary
@@ -38,7 +39,7 @@ class ShardFile:
         with storage(self._final):
             folder.shards.mkdir(exist_ok=True)
             self._descriptor = os.open(self._hidden, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        self._closed = False
+        self._closed, self._closing = False, Lock()
         try:
             self._begin(ids)
         except BaseException:
@@ -74,9 +75,10 @@ class ShardFile:
         return last - first
 
     def flush(self) -> None:
-        """Bring what was put so far to the device."""
-        with storage(self._final):
-            os.fsync(self._descriptor)
+        """Bring what was put so far to the device; nothing is left to do once the shard is sealed, or gone."""
+        with self._closing, storage(self._final):
+            if not self._closed:
+                os.fsync(self._descriptor)
 
     def seal(self, statistics: Mapping[str, Statistics], written: Mapping[str, Any]) -> None:
         """Flush, hash, rename, and write the record: the shard is finished."""
@@ -101,9 +103,10 @@ class ShardFile:
         self._hidden.unlink(missing_ok=True)
 
     def _close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            os.close(self._descriptor)
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                os.close(self._descriptor)
 
 
 def metadata(plan: Plan, span: Span) -> dict[str, str]:

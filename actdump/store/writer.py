@@ -55,9 +55,10 @@ class Writer:
         return threads.begin(task, self._failed)
 
     def flush(self, part: Pending) -> None:
-        """Let the thread flush a part that wants it, if it has nothing else to do: its waiting for the disk costs nobody time."""
-        if part.wants_flush and self._tasks.idle:
-            self.do(part.flush)
+        """Let a thread that seals flush a part that wants it, if none has anything else to do: its waiting for the disk costs nobody
+        time, and the seal that waits for the disk later has less to wait for."""
+        if part.wants_flush and self._seals.idle:
+            self._submit(self._seals, part.flush)
 
     def settle(self) -> bool:
         """Return when no rows are on their way; whether some were since the last call. What went wrong with them is raised elsewhere.
