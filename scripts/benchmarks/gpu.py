@@ -1,7 +1,7 @@
 """The same table on a GPU: a model of 7 billion parameters with random weights, bfloat16."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
@@ -41,7 +41,7 @@ class Case:
     task: Task
     kind: Callable[[Any, int], Prompts]
     prompts: int
-    places: tuple[str, ...] = (RAM,)
+    place: str = RAM
     goal: Goal | None = None
 
 
@@ -49,7 +49,7 @@ EIGHT = Task("8 layers", tuple(range(3, 32, 4)))
 CASES = (
     Case(EIGHT, mixed, 4096, goal=Goal("at least", 0.95)),
     Case(EIGHT, uniform, 2048, goal=Goal("at least", 0.95)),
-    Case(EIGHT, mixed, 1024, (DISK,)),
+    Case(EIGHT, mixed, 1024, DISK),
     Case(Task("A (3 layers)", (5, 10, 15)), mixed, 2048),
     Case(Task("C (last token)", (5, 10, 15), tokens="last"), mixed, 2048),
     Case(Task("B (all layers)", tuple(range(32))), mixed, 512),
@@ -112,27 +112,24 @@ class Sides:
 def _compared(sides: Sides, case: Case, prompts: Prompts) -> Iterator[Figure]:
     """Runs against the limit: as a whole, and from the first batch to the end of the last, which leaves out what a run does once."""
     say(prompts.described())
-    title = f"{case.task.name}, {prompts.name}"
-    with _folders(sides.setting, case, prompts) as folders:
-        capturing = {place: Capturing(prompts) for place in folders}
-        runs: dict[str, Run] = {"limit": sides.limit(prompts)}
-        for place, folder in folders.items():
-            runs[place] = sides.run(prompts, folder, watching=capturing[place].again)
-        runs = {name: _told(name, run) for name, run in runs.items()}
-        first = {name: run() for name, run in runs.items()}
-        yield _speed(f"{title}: the limit, shapes met for the first time", prompts.tokens, (first["limit"],))
+    title, place = f"{case.task.name}, {prompts.name}", case.place
+    with _folder(sides.setting, case, prompts) as folder:
+        if folder is None:
+            say(f"{title}: there is no room {place}")
+            return
+        capturing = Capturing(prompts)
+        both: dict[str, Run] = {"limit": sides.limit(prompts), place: sides.run(prompts, folder, watching=capturing.again)}
+        runs = {name: _told(name, run) for name, run in both.items()}
+        for name, run in runs.items():
+            yield _speed(f"{title}: {name}, shapes met for the first time", prompts.tokens, (run(),))
         taken = in_turns(runs, sides.setting.rounds)
-        yield _speed(f"{title}: the limit", prompts.tokens, taken["limit"])
-        for place, folder in folders.items():
-            captured = tuple(capturing[place].seconds[1:])
-            yield _speed(f"{title}: actdump {place}, shapes met for the first time", prompts.tokens, (first[place],))
-            yield _speed(f"{title}: actdump {place}", prompts.tokens, taken[place])
-            yield ratio(f"{title}: speed {place} / the limit's", taken, "limit", place)
-            both = {"limit": taken["limit"], place: captured}
-            goal = case.goal if place == RAM else None
-            yield ratio(f"{title}: speed {place} / the limit's, first to last batch", both, "limit", place, goal)
-            some = prompts.some(len(prompts.texts) // 4)  # of more, the profile takes minutes to read
-            yield Figure(f"{title}: {place}, the device waits", 100 * (1 - _busy(sides, some, folder)), "%")
+        for name, seconds in taken.items():
+            yield _speed(f"{title}: {name}", prompts.tokens, seconds)
+        yield ratio(f"{title}: speed {place} / the limit's", taken, "limit", place)
+        captured = {"limit": taken["limit"], place: tuple(capturing.seconds[1:])}
+        yield ratio(f"{title}: speed {place} / the limit's, first to last batch", captured, "limit", place, case.goal)
+        some = prompts.some(len(prompts.texts) // 4)  # of more, the profile takes minutes to read
+        yield Figure(f"{title}: {place}, the device waits", 100 * (1 - _busy(sides, some, folder)), "%")
 
 
 class Capturing(Stopwatch):
@@ -173,14 +170,16 @@ def _told(name: str, run: Run) -> Run:
 
 
 @contextmanager
-def _folders(setting: Setting, case: Case, prompts: Prompts) -> Iterator[dict[str, Path]]:
-    """Where to write, as far as it is there and has room."""
+def _folder(setting: Setting, case: Case, prompts: Prompts) -> Iterator[Path | None]:
+    """Where to write; `None` where memory is meant and has no room."""
     size = 2 * prompts.tokens * len(case.task.layers) * WIDTH
-    with ExitStack() as stack:
-        folders = {DISK: setting.scratch}
-        if MEMORY.is_dir() and disk_usage(MEMORY).free > 1.1 * size:
-            folders[RAM] = Path(stack.enter_context(TemporaryDirectory(dir=MEMORY)))
-        yield {place: folders[place] for place in case.places if place in folders}
+    if case.place == DISK:
+        yield setting.scratch
+    elif MEMORY.is_dir() and disk_usage(MEMORY).free > 1.1 * size:
+        with TemporaryDirectory(dir=MEMORY) as folder:
+            yield Path(folder)
+    else:
+        yield None
 
 
 def _speed(name: str, tokens: int, taken: tuple[float, ...]) -> Figure:
