@@ -1,8 +1,9 @@
 """Where prompts come from: a list in the spec, a .txt or .jsonl file, or standard input; read one by one, never whole."""
 
 import json
+import math
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from actdump.errors import MissingError, SpecError
+from actdump.errors import MissingError, SpecError, few
 from actdump.spec import PromptsSpec, Row, path_of, said
 
 
@@ -41,11 +42,11 @@ def read(spec: PromptsSpec, stdin: Path | None = None) -> Iterator[Prompt]:
 
     Raises:
         MissingError: the file is not there.
-        SpecError: a line is no prompt, or an id is given twice; the message names file and line.
+        SpecError: lines are no prompts, or an id is given twice; the message names file and line of the first few.
     """
     ids = _Ids()
     number = -1
-    for number, (row, where) in enumerate(islice(_rows(spec, stdin), spec.limit)):
+    for number, (row, where) in enumerate(_rows(spec, stdin)):
         _check_writable(row, where)
         yield Prompt(number, ids.take(number, row.id, where), row.content, row.fields, where)
     if number < 0:
@@ -71,6 +72,7 @@ def _check_writable(row: "_Found", where: str) -> None:
         raise SpecError(f"{where}: what JSON has not: {error}") from None
 
 
+MOST, FURTHER = 20, 10_000  # wrong lines, and lines after the first of them, beyond which no more are looked for
 _CONTENT = {"text", "messages", "input_ids"}  # what a row calls its prompt
 
 
@@ -84,13 +86,33 @@ class _Found(NamedTuple):
 
 def _rows(spec: PromptsSpec, stdin: Path | None) -> Iterator[tuple[_Found, str]]:
     if spec.rows is not None:
-        for number, row in enumerate(spec.rows):
+        for number, row in enumerate(spec.rows[: spec.limit]):
             where = f"prompts[{number}]"
             yield _found(row, where), where
         return
     json_lines = spec.kind == "jsonl"  # asked once, not for each of a million lines
-    for line, where in _lines(str(spec.file), stdin):
-        yield (_json_row(line, where, spec) if json_lines else _checked({"text": line}, where)), where
+    wrong: dict[str, list[str]] = {}  # where each fault is
+    end = math.inf
+    for number, (line, where) in enumerate(islice(_lines(str(spec.file), stdin), spec.limit)):
+        if number == end:
+            break
+        try:
+            found = _json_row(line, where, spec) if json_lines else _checked({"text": line}, where)
+        except SpecError as error:
+            wrong.setdefault(str(error).removeprefix(f"{where}: "), []).append(where)
+            end = min(end, number + FURTHER)
+            if sum(map(len, wrong.values())) == MOST:
+                break
+            continue
+        if not wrong:
+            yield found, where
+    if wrong:
+        raise SpecError("\n".join(f"{places[0]}: {fault}{_also(places[1:])}" for fault, places in wrong.items()))
+
+
+def _also(places: Sequence[str]) -> str:
+    lines = [place.rpartition(":")[2] for place in places]
+    return f" (so in line{'s' * (len(lines) > 1)} {few(lines)})" if lines else ""
 
 
 def _lines(name: str, stdin: Path | None) -> Iterator[tuple[str, str]]:

@@ -214,3 +214,19 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_a_file_without_prompts(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="there are no prompts in it"):
         from_file(tmp_path / "p.txt", "")
+
+
+def test_wrong_lines_are_told_together(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"text": "a"}\n\n{"txt": "b"}\n\n[1]\n\n"b"\n')
+    with pytest.raises(SpecError) as raised:
+        list(read(PromptsSpec(file=str(path))))
+    assert str(raised.value).splitlines() == [
+        f"{path}:2: the line is empty; remove it (so in lines 4, 6)",
+        f"{path}:3: there is no field `text`, `messages` or `input_ids`; there is txt; `prompts.text` names another one",
+        f"{path}:5: a line must be a JSON object or text, not [1]; one prompt a line",
+    ]
+    assert [prompt.content for prompt in read(PromptsSpec(file=str(path), limit=1))] == ["a"]
+    path.write_text("\n" * 1000)
+    with pytest.raises(SpecError, match=r":1: the line is empty; remove it \(so in lines 2, 3, 4, 5 and 15 more\)"):
+        list(read(PromptsSpec(file=str(path))))
