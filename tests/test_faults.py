@@ -671,7 +671,7 @@ def test_a_prompt_that_does_not_fit_alone_is_named(tmp_path, monkeypatch, spec_f
 
 def test_other_errors_of_a_forward_are_not_taken_for_memory(tmp_path, monkeypatch):
     short_of_memory(monkeypatch, 60, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    with pytest.raises(DataError, match="does not run on prompt 3 of 17 tokens with 6 others beside it: RuntimeError: mat1"):
+    with pytest.raises(DataError, match="does not run on prompt 3 of 17 tokens with 8 others beside it: RuntimeError: mat1"):
         job.run(many(batch={"tokens": 256}), tmp_path / "out")
     assert temporary(tmp_path / "out") == []
 
