@@ -283,10 +283,8 @@ def batches(lengths: Sequence[int], budget: Budget) -> list[list[int]]:
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     count = len(order)
     ends = [end for end in range(1, count + 1) if end == count or lengths[order[end]] < lengths[order[end - 1]]]
-    best: list[tuple[float, int]] = [
-        (0, 0),
-        *[(math.inf, 0)] * count,
-    ]  # up to a place: the cost, and where the last batch begins
+    # For the prompts up to each place: what the best cut of them costs, and where its last batch begins.
+    best: list[tuple[float, int]] = [(0, 0), *[(math.inf, 0)] * count]
     for begin, place in enumerate(order):
         before, _ = best[begin]
         if before == math.inf:  # no batch ends here

@@ -3,6 +3,7 @@
 import json
 import math
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -93,10 +94,11 @@ def _rows(spec: PromptsSpec, stdin: Path | None) -> Iterator[tuple[_Found, str]]
     json_lines = spec.kind == "jsonl"  # asked once, not for each of a million lines
     wrong: dict[str, list[str]] = {}  # where each fault is
     end = math.inf
-    for number, (line, where) in enumerate(islice(_lines(str(spec.file), stdin), spec.limit)):
+    for number, (raw, where) in enumerate(islice(_lines(str(spec.file), stdin), spec.limit)):
         if number == end:
             break
         try:
+            line = _decoded(raw, where)
             found = _json_row(line, where, spec) if json_lines else _checked({"text": line}, where)
         except SpecError as error:
             wrong.setdefault(str(error).removeprefix(f"{where}: "), []).append(where)
@@ -115,7 +117,7 @@ def _also(places: Sequence[str]) -> str:
     return f" (so in line{'s' * (len(lines) > 1)} {few(lines)})" if lines else ""
 
 
-def _lines(name: str, stdin: Path | None) -> Iterator[tuple[str, str]]:
+def _lines(name: str, stdin: Path | None) -> Iterator[tuple[bytes, str]]:
     path = path_of(name) if stdin is None else stdin
     try:
         file = path.open("rb")
@@ -123,16 +125,17 @@ def _lines(name: str, stdin: Path | None) -> Iterator[tuple[str, str]]:
         raise MissingError(f"prompts: there is no file `{name}`") from None
     except IsADirectoryError:
         raise MissingError(f"prompts: `{name}` is a folder, not a file") from None
+    shown = name if stdin is None else "standard input"
     with file:
-        yield from _decoded(file, name if stdin is None else "standard input")
+        for number, line in enumerate(file, 1):
+            yield line.removeprefix(BOM_UTF8) if number == 1 else line, f"{shown}:{number}"
 
 
-def _decoded(file: Any, name: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(file, 1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"), f"{name}:{number}"
-        except UnicodeDecodeError as error:
-            raise SpecError(f"{name}:{number}: not UTF-8 text: {error.reason} at byte {error.start} of the line") from None
+def _decoded(line: bytes, where: str) -> str:
+    try:
+        return line.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start} of the line") from None
 
 
 def _json_row(line: str, where: str, spec: PromptsSpec) -> _Found:

@@ -128,6 +128,10 @@ SPECS = {
         GOOD.replace("save:\n  - transformer.h[-1].output[0]", "save: [transformer.wte.output,"),
         ["spec.yaml:5: not YAML: the `[` here is not closed before line 7"],
     ),
+    "unclosed quotation mark": (
+        GOOD.replace("  - transformer.h[-1].output[0]", "  - 'transformer.h[-1].output[0]"),
+        ["spec.yaml:6: not YAML: the quotation mark here is not closed before line 8"],
+    ),
     "bracket in a flow mapping of several lines": (
         GOOD.replace("  - transformer.h[-1].output[0]", "  {\n    a: transformer.h[-1].output[0]\n  }"),
         ["spec.yaml:6: not YAML: the `{` here is not closed before line 7", "an address in it is not quoted"],

@@ -76,10 +76,10 @@ class _Document:
     def _syntax(self, error: yaml.MarkedYAMLError, text: str) -> str:
         mark, begin = error.problem_mark or error.context_mark, error.context_mark
         line = mark.line if mark else 0
-        if begin is not None and begin.line < line and "flow" in (error.context or ""):
-            bracket = text.splitlines()[begin.line][begin.column]
+        opened = next((sign for kind, sign in _OPENED.items() if kind in (error.context or "")), None)
+        if begin is not None and begin.line < line and opened is not None:
             quoted = ', or an address in it is not quoted, as in "h[0].output"' if "'['" in (error.problem or "") else ""
-            return f"{self.name}:{begin.line + 1}: not YAML: the `{bracket}` here is not closed before line {line + 1}{quoted}"
+            return f"{self.name}:{begin.line + 1}: not YAML: the {opened} here is not closed before line {line + 1}{quoted}"
         message = f"{self.name}:{line + 1}: not YAML: {error.problem or error.context}"
         lines = text.splitlines()
         near = lines[line] if line < len(lines) else ""
@@ -258,6 +258,8 @@ class _Document:
         return self.lines.get(where, f"{self.name}:1")
 
 
+# What YAML calls a thing that was opened, and how a user sees it.
+_OPENED = {"flow sequence": "`[`", "flow mapping": "`{`", "quoted scalar": "quotation mark"}
 _ENDLESS = "an alias stands within what it names (as in `&a [*a]`), or lists and mappings are nested too deep"
 
 
