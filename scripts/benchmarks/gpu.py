@@ -21,11 +21,12 @@ from benchmarks.rounds import Figure, Goal, Run, in_turns, ratio, timed
 from benchmarks.running import Dumping, Stopwatch, spec_of
 from benchmarks.setting import Setting, say
 from benchmarks.subject import FOLDER, Task, tokenizer
-from benchmarks.texts import Prompts, mixed, uniform
+from benchmarks.texts import Prompts, long, mixed, uniform
 
 WIDTH = 4096
 MODEL = {"model_type": "llama", "hidden_size": WIDTH, "intermediate_size": 14_336, "num_hidden_layers": 32,
-         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 49_152, "dtype": "bfloat16"}  # fmt: skip
+         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 49_152, "max_position_embeddings": 8192,
+         "dtype": "bfloat16"}  # fmt: skip
 SOURCE = {"config": MODEL, "dtype": "bfloat16"}
 BUDGETS = (1024, 2048, 4096, 8192, 16_384, 32_768)
 MEMORY = Path("/dev/shm")
@@ -49,6 +50,7 @@ EIGHT = Task("8 layers", tuple(range(3, 32, 4)))
 CASES = (
     Case(EIGHT, mixed, 4096, goal=Goal("at least", 0.95)),
     Case(EIGHT, uniform, 2048, goal=Goal("at least", 0.95)),
+    Case(EIGHT, long, 96),
     Case(EIGHT, mixed, 1024, DISK),
     Case(Task("A (3 layers)", (5, 10, 15)), mixed, 2048),
     Case(Task("C (last token)", (5, 10, 15), tokens="last"), mixed, 2048),

@@ -51,16 +51,21 @@ def uniform(tokenizer: Any, count: int = 256) -> Prompts:
     return _prompts("uniform", tokenizer, count, lambda dice: dice.randint(120, 136))
 
 
+def long(tokenizer: Any, count: int = 64) -> Prompts:
+    """Prompts of 1,000 to 4,000 tokens."""
+    return _prompts("long", tokenizer, count, lambda dice: dice.randint(1000, 4000), 4000)
+
+
 def _long_tailed(dice: random.Random) -> int:
     while not SHORTEST <= (length := round(dice.lognormvariate(0, SPREAD) * MEDIAN)) <= LONGEST:
         pass
     return length
 
 
-def _prompts(name: str, tokenizer: Any, count: int, draw: Callable[[random.Random], int]) -> Prompts:
+def _prompts(name: str, tokenizer: Any, count: int, draw: Callable[[random.Random], int], longest: int = LONGEST) -> Prompts:
     dice = random.Random(f"{SEED} {name}")
     material = tokenizer(english(), add_special_tokens=False, verbose=False)["input_ids"]
-    texts = [_cut(tokenizer, material, dice.randrange(len(material) - LONGEST), draw(dice)) for _ in range(count)]
+    texts = [_cut(tokenizer, material, dice.randrange(len(material) - longest), draw(dice)) for _ in range(count)]
     return Prompts(name, tuple(texts), tuple(map(tuple, tokenizer(texts)["input_ids"])))
 
 
