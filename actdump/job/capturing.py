@@ -135,9 +135,8 @@ class _Filling:
         """Seal one of the shards, when all rows are put; with the last of them, the part is done."""
         for put in self._puts:
             put.result()
-        seen = {name: merged(each) for name, each in self._seen.items()}
-        self.pending.seal(place, seen, {**written, "finished": now()})
-        if self.pending.sealed:
+        seen = {name: merged(each) for name, each in self._seen.items()} if place == 0 else {}
+        if self.pending.seal(place, seen, {**written, "finished": now()}):
             claim.remove()
 
     def _captured(self, bound: Bound, batch: Batch) -> "list[_Arrival]":

@@ -78,13 +78,16 @@ class Pending:
         for file in self._files:
             file.flush()
 
-    def seal(self, place: int, statistics: Mapping[str, Statistics], written: Mapping[str, Any]) -> None:
+    def seal(self, place: int, statistics: Mapping[str, Statistics], written: Mapping[str, Any]) -> bool:
         """Flush, hash and rename one of the shards, and write its record. Several threads can do it at once, for different shards.
 
         Args:
             place: of the shard in the part.
-            statistics: what the values of each floating point tap look like, in the whole part.
+            statistics: what the values of each floating point tap look like, in the whole part; for the record of its first shard.
             written: who wrote it and how.
+
+        Returns:
+            Whether it was the last, so that the part is done.
 
         Raises:
             DataError: rows of some prompts never came.
@@ -93,9 +96,10 @@ class Pending:
             raise DataError(
                 f"{self.folder.root}: the rows of {len(self._missing)} prompts never came, so part {self.part.number} is not sealed"
             )
-        self._files[place].seal(statistics if place == 0 else {}, written)
+        self._files[place].seal(statistics, written)
         with self._counting:
             self._unsealed.discard(place)
+            return self.sealed
 
     @property
     def sealed(self) -> bool:

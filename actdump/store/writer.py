@@ -29,14 +29,14 @@ class Writer:
         """
         self._tasks = _Threads("actdump-writer", BESIDE, BESIDE) if seals else _Threads("actdump-writer", 1, AHEAD)
         self._seals = _Threads("actdump-sealer", seals, UNSEALED) if seals else self._tasks
-        self._held: list[Callable[[], None]] = []
+        self._held: list[Callable[[], Any]] = []
 
     def do(self, task: Callable[..., Any], *args: Any) -> "Future[None]":
         """Let a thread do this; waits while too much is waiting there."""
         self.let_go()
         return self._submit(self._tasks, partial(task, *args))
 
-    def hold(self, seals: Iterable[Callable[[], None]]) -> None:
+    def hold(self, seals: Iterable[Callable[[], Any]]) -> None:
         """Let threads do these, which seal the shards of a part, when the next call of `let_go`, `do` or `finish` comes."""
         self.let_go()
         self._held = list(seals)
@@ -93,7 +93,7 @@ class Writer:
             self._seals.end(cancel=kind is not None)
 
 
-def _one_by_one(tasks: Iterable[Callable[[], None]]) -> None:
+def _one_by_one(tasks: Iterable[Callable[[], Any]]) -> None:
     for task in tasks:
         task()
 
