@@ -136,8 +136,8 @@ class Bar:
             say(doing)
 
     def planned(self, plan: Plan, done: Sequence[Part]) -> None:
-        finished, tokens = sum(part.prompts for part in done), sum(part.tokens for part in done)
-        self.total, self.all_tokens, self.bytes = plan.prompts - finished, plan.tokens - tokens, plan.bytes
+        finished, tokens, written = (sum(getattr(part, name) for part in done) for name in ("prompts", "tokens", "bytes"))
+        self.total, self.all_tokens, self.bytes = plan.prompts - finished, plan.tokens - tokens, plan.bytes - written
         self.began = self.said = monotonic()
         self.progress.update(self.task, description="capturing", total=plan.prompts, completed=finished)
         going_on = f", {len(done)} of {len(plan.parts)} parts done before" if done else ""
@@ -167,4 +167,5 @@ class Bar:
     def elsewhere(self, part: Part) -> None:
         self.total -= part.prompts
         self.all_tokens -= part.tokens
+        self.bytes -= part.bytes
         self.progress.update(self.task, advance=part.prompts)

@@ -296,3 +296,23 @@ def test_a_log_that_nobody_reads_any_more_does_not_end_a_run() -> None:
     done = in_bash("actdump run spec.yaml --log-json 2> >(true) && actdump verify out")
     assert done.returncode == 0
     assert "whole" in done.stdout
+
+
+# -------------------------------------------------------------------------------------------------------------------- progress
+
+
+def test_what_is_written_is_counted_from_where_a_run_goes_on(capsys, monkeypatch) -> None:
+    """Of three parts one was done before, and one by another worker."""
+    from actdump import console
+    from actdump.plan import Budget, Part, Span, make
+
+    sizes = ((2, 10, 1000), (1, 20, 300), (1, 30, 500))
+    parts = [Part(number, (Span(number, 0, *size),)) for number, size in enumerate(sizes)]
+    monkeypatch.setattr(console, "EVERY", 0.0)
+    monkeypatch.setattr(console, "_form", "json")
+    bar = console.Bar()
+    bar.planned(make({}, (), parts, Budget(10)), parts[:1])
+    bar.elsewhere(parts[1])
+    bar.batch(1, 30)
+    said = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert (said["prompts"], said["tokens"], said["bytes"], said["seconds_left"]) == (1, 30, 500, 0)
