@@ -198,6 +198,8 @@ def _tokens(text: str) -> Iterator[tuple[str, str, int]]:
 
 def _complaint(text: str, position: int) -> str:
     rest = text[position:]
+    if rest[:1].isspace():
+        return "a space, and addresses have none"
     if rest.startswith("["):
         return "this bracket is not closed, or holds another one"
     if rest.startswith(".") and len(rest.strip(". ")) == 0:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from actdump.address import Slice
-from actdump.errors import UsageError
+from actdump.errors import UsageError, few
 from actdump.format import TOKENS
 from actdump.plan import Column
 from actdump.reader import Dump, Values
@@ -141,7 +141,7 @@ class Comparison:
         return [
             *(f"{some}: in the {side} dump only" for some, side in zip(self.missing, sides, strict=True) if some.count),
             *([f"{self.retokenised}: other tokens, so not compared"] if self.retokenised.count else []),
-            *(f"{name}: in the {side} dump only" for names, side in zip(self.alone, sides, strict=True) for name in names),
+            *(f"{few(names)}: in the {side} dump only" for names, side in zip(self.alone, sides, strict=True) if names),
             *(f"{name}: not compared: {why}" for name, why in self.unlike.items()),
             *(
                 f"{tap.name}: {tap.beyond:,} of {tap.tokens:,} tokens are beyond the limits; first at {tap.first}"

@@ -467,8 +467,8 @@ FAULTS = {
     "never ran": (sometimes, "aside.output", {}, "`aside` (Step) never ran in a forward; its parent may use its parameters"),
     "several times": (lambda: build("albert"), "encoder.albert_layer_groups[0].output", {},
                       "runs 3 times in one forward; say which with `call`: 0 to 2, or -1 for the last"),
-    "no such call": (Ladder, "layers[0].output", {"call": 1}, "runs 1 times in one forward, so there is no call 1"),
-    "calls by prompt": (by_prompt, "each.output", {}, "ran 1 times for one prompt and 4 times for several"),
+    "no such call": (Ladder, "layers[0].output", {"call": 1}, "runs once in one forward, so there is no call 1"),
+    "calls by prompt": (by_prompt, "each.output", {}, "ran once for one prompt and 4 times for several"),
     "none": (lambda: build("llama"), "model.layers[0].self_attn.output[1]", {},
              "it is None; the port held a tuple of 2 (a tensor (1, 7, 16), None). Attention weights exist only with"),
     "[1] of a bare tensor": (Ladder, "layers[0].output[1]", {},
@@ -573,7 +573,7 @@ def test_a_module_that_runs_more_often_for_a_longer_prompt_is_an_error(call):
     found = probed(model, [tap("layers[1].output", call=call), tap("layers[2].output")])
     short, long = (Batch((0,), tuple(prompts((length,)))) for length in (15, 20))
     assert capture(model, found.sites, found.feed, short)[0].each()[0].shape == (15, 4)
-    with pytest.raises(DataError, match="ran 2 times for prompts of 20 tokens and 1 times in the probe"):
+    with pytest.raises(DataError, match="ran 2 times for prompts of 20 tokens and once in the probe"):
         capture(model, found.sites, found.feed, long)
 
 

@@ -128,6 +128,18 @@ SPECS = {
         GOOD.replace("save:\n  - transformer.h[-1].output[0]", "save: [transformer.wte.output,"),
         ["spec.yaml:5: not YAML: the `[` here is not closed before line 7"],
     ),
+    "empty names": (
+        GOOD.replace("model: {", "model: {name: '', ") + "tokenizer: ''\n",
+        ["spec.yaml:1: model.name: is empty", "spec.yaml:8: tokenizer: is empty"],
+    ),
+    "list of addresses under a name": (
+        GOOD.replace("  - transformer.h[-1].output[0]", "  a: [transformer.wte.output, transformer.h.output]"),
+        ["save: `a` is the name of one address, not of a list; give each a name of its own"],
+    ),
+    "address with a space": (
+        GOOD.replace("- transformer.h[-1].output[0]", "- transformer.h[-1] .output[0]"),
+        ["spec.yaml:6: ", "is not an address: a space, and addresses have none, at character 18"],
+    ),
     "unclosed quotation mark": (
         GOOD.replace("  - transformer.h[-1].output[0]", "  - 'transformer.h[-1].output[0]"),
         ["spec.yaml:6: not YAML: the quotation mark here is not closed before line 8"],
@@ -636,6 +648,16 @@ def test_a_prompt_file_that_is_a_folder() -> None:
     assert said.code == 66
     assert "spec.yaml:2: prompts: `p.jsonl` is a folder, not a file" in said.err
     assert nothing_left()
+
+
+def test_a_prompt_file_in_the_list_of_prompts() -> None:
+    """Which would be the only prompt: seven tokens of its name."""
+    Path("p.txt").write_text("a\n")
+    said = run(with_file("p.txt").replace("{file: p.txt}", "[p.txt, the file p.txt]"))
+    assert said.code == 2
+    assert "spec.yaml:2: prompts: `p.txt` is a file; write `prompts: {file: p.txt}`, or `text: p.txt`" in said.err
+    assert nothing_left()
+    assert "has no tokenizer" in run(with_file("p.txt").replace("{file: p.txt}", "[{text: p.txt}]")).err
 
 
 def test_a_bad_line_on_standard_input() -> None:

@@ -44,6 +44,13 @@ def test_the_short_form_is_the_long_form(read) -> None:
     assert read(SHORT).model_dump() == read(long).model_dump()
 
 
+def test_a_tokenizer_can_be_named_alone(read) -> None:
+    named = read(SHORT + "tokenizer: some/other\n")
+    assert named.tokenizer.name == "some/other"
+    longer = read(SHORT + "tokenizer: some/other\n", "tokenizer.truncation=true")
+    assert (longer.tokenizer.name, longer.tokenizer.truncation) == ("some/other", True)
+
+
 def test_the_short_form_has_the_documented_defaults(read) -> None:
     spec = read(SHORT)
     assert (spec.model.dtype, spec.model.device, spec.model.trust_remote_code) == ("auto", "auto", False)

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from actdump.engine.hooks import Stop, described, hooked, read, tensor_index
+from actdump.engine.hooks import Stop, described, hooked, read, tensor_index, times
 from actdump.engine.measure import measure
 from actdump.engine.padded import Padded, positions
 from actdump.engine.rows import Rows
@@ -162,9 +162,10 @@ class _Catch:
             DataError: it is not.
         """
         if site.late or (site.tap.call is None and count > cast(int, site.calls)):
+            ran, before = times(count), times(cast(int, site.calls))
             raise DataError(
-                f"{site.tap.name}: its module ran {count} times for prompts of {self.padded.width} tokens and {site.calls} times "
-                "in the probe, so its calls cannot be told apart; name one that counts from the first, such as `call: 0`"
+                f"{site.tap.name}: its module ran {ran} for prompts of {self.padded.width} tokens and {before} in the probe, "
+                "so its calls cannot be told apart; name one that counts from the first, such as `call: 0`"
             )
 
 

@@ -129,7 +129,7 @@ def which_call(site: Site, calls: int, again: int) -> int:
         )
     if calls != again:
         raise Unfit(
-            f"{place} ran {calls} times for one prompt and {again} times for several, so its calls cannot be told apart"
+            f"{place} ran {times(calls)} for one prompt and {times(again)} for several, so its calls cannot be told apart"
         )
     call = site.tap.call
     if call is None:
@@ -139,8 +139,12 @@ def which_call(site: Site, calls: int, again: int) -> int:
             )
         return 0
     if not -calls <= call < calls:
-        raise Unfit(f"{place} runs {calls} times in one forward, so there is no call {call}")
+        raise Unfit(f"{place} runs {times(calls)} in one forward, so there is no call {call}")
     return call % calls
+
+
+def times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def described(value: Any) -> str:

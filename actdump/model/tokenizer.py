@@ -16,6 +16,7 @@ from actdump.spec import TokenizerSpec, path_of
 T = TypeVar("T")
 
 CHUNK = 1024  # prompts handed to the tokenizer at a time
+VOCABULARY = 2**31  # ids are below this where the config does not say; as they are stored
 
 
 def load_tokenizer(spec: TokenizerSpec, source: Source) -> Any | None:
@@ -67,7 +68,7 @@ def _chunks(
     prompts: Iterable[Prompt], tokenizer: Any | None, spec: TokenizerSpec, source: Source
 ) -> Iterator[tuple[list[Prompt], list[list[int]]]]:
     limit = spec.max_length or _limit(tokenizer, source)
-    vocabulary = getattr(source.config.get_text_config(), "vocab_size", None)
+    vocabulary = getattr(source.config.get_text_config(), "vocab_size", None) or VOCABULARY
     waiting = iter(prompts)
     while chunk := list(islice(waiting, CHUNK)):
         texts = [prompt for prompt in chunk if isinstance(prompt.content, str)]
@@ -79,12 +80,12 @@ def _chunks(
         yield chunk, found
 
 
-def _fit(chunk: Sequence[Sequence[int]], limit: int | None, vocabulary: int | None) -> bool:
+def _fit(chunk: Sequence[Sequence[int]], limit: int | None, vocabulary: int) -> bool:
     """Whether all prompts of a chunk have tokens, not too many, and of the vocabulary."""
     lengths = list(map(len, chunk))
     if min(lengths) == 0 or (limit is not None and max(lengths) > limit):
         return False
-    return vocabulary is None or (min(map(min, chunk)) >= 0 and max(map(max, chunk)) < vocabulary)
+    return min(map(min, chunk)) >= 0 and max(map(max, chunk)) < vocabulary
 
 
 def _limit(tokenizer: Any | None, source: Source) -> int | None:
@@ -144,7 +145,7 @@ def _ids(prompt: Prompt, tokenizer: Any | None, spec: TokenizerSpec, limit: int 
     return ids[:limit] if spec.truncation else ids
 
 
-def _check(prompt: Prompt, ids: Sequence[int], limit: int | None, vocabulary: int | None, spec: TokenizerSpec) -> None:
+def _check(prompt: Prompt, ids: Sequence[int], limit: int | None, vocabulary: int, spec: TokenizerSpec) -> None:
     if not ids:
         raise SpecError(f"{prompt.where}: an empty prompt: it has no tokens")
     if limit is not None and len(ids) > limit:
@@ -153,7 +154,7 @@ def _check(prompt: Prompt, ids: Sequence[int], limit: int | None, vocabulary: in
             f"{prompt.where}: prompt `{prompt.id}` has {len(ids)} tokens, and {whose} allows {limit}; shorten it, or cut what is too long "
             "with `tokenizer: {truncation: true}`"
         )
-    if vocabulary is not None and not 0 <= min(ids) <= max(ids) < vocabulary:
+    if not 0 <= min(ids) <= max(ids) < vocabulary:
         wrong = min(ids) if min(ids) < 0 else max(ids)
         raise SpecError(
             f"{prompt.where}: prompt `{prompt.id}` has the token id {wrong}; the vocabulary is 0 to {vocabulary - 1}"

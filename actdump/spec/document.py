@@ -151,8 +151,8 @@ class _Document:
         self.label = f"--set {path}"
         where: Where = tuple(int(key) if key.isdecimal() else key for key in path.split("."))
         value = self._given(text, where)
-        if where[0] == "model" and len(where) > 1 and isinstance(self.data.get("model"), str):
-            self.data["model"] = {"name": self.data["model"]}
+        if where[0] in ("model", "tokenizer") and len(where) > 1 and isinstance(named := self.data.get(where[0]), str):
+            self.data[where[0]] = {"name": named}
         if (
             where[0] == "prompts"
             and len(where) > 1

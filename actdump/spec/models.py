@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -24,6 +24,8 @@ from actdump.tap import Selection, Tap, parse_selection
 
 StorageType = Literal["float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
 Task = Literal["causal-lm", "masked-lm", "base", "text-encoding"]
+Kind = Literal["txt", "jsonl"]
+KINDS = get_args(Kind)
 
 
 LOCAL = "local files"  # stands in a decisive spec for a path, because contents count and not names
@@ -62,6 +64,7 @@ def _auto_or_count(value: Any) -> str | None:
     return "auto" if value == "auto" else "count" if isinstance(value, int) else None
 
 
+Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, le=2**63 - 1)]
 NotNegative = Annotated[int, Field(ge=0, le=2**63 - 1)]
 AutoOrCount = Annotated[
@@ -111,7 +114,7 @@ Selected = Annotated[str | list[int] | None, BeforeValidator(_selection, json_sc
 class ModelSpec(_Strict):
     """Which model, and how it is loaded."""
 
-    name: str | None = Field(None, description="hub id or local folder")
+    name: Name | None = Field(None, description="hub id or local folder")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     task: Task | None = Field(
         None, description="which Auto class, text-encoding the encoder of T5, say; default from the config"
@@ -195,10 +198,19 @@ class Row(BaseModel):
 
 
 def _row(value: Any) -> Any:
+    if isinstance(value, str) and _is_prompt_file(value):
+        raise ValueError(
+            f"`{value}` is a file; write `prompts: {{file: {value}}}`, or `text: {value}` if the prompt is this very text"
+        )
     if isinstance(value, str | Mapping | Row):
         return _text_of("text")(value)
     shown = str(value) if len(str(value)) <= 60 else f"{str(value)[:57]}…"
     raise ValueError(f"a prompt is text or a mapping, not {kind_of(value)} `{shown}`; put quotes around it if it is text")
+
+
+def _is_prompt_file(text: str) -> bool:
+    named = text.endswith(tuple(f".{kind}" for kind in KINDS))
+    return named and os.path.isfile(path_of(text))  # noqa: PTH113 # Path's own raises where a text is too long for a name
 
 
 PromptRow = Annotated[Row, BeforeValidator(_row, json_schema_input_type=str | Row)]
@@ -208,8 +220,8 @@ class PromptsSpec(_Strict):
     """Where the prompts come from: a list, or a file."""
 
     rows: list[PromptRow] | None = None
-    file: str | None = Field(None, description="a .txt (one prompt a line) or .jsonl file, or - for standard input")
-    format: Literal["txt", "jsonl"] | None = Field(None, description="what the file holds; default from its name")
+    file: Name | None = Field(None, description="a .txt (one prompt a line) or .jsonl file, or - for standard input")
+    format: Kind | None = Field(None, description="what the file holds; default from its name")
     text: str = Field("text", description="the field of a .jsonl line that holds the prompt: text, messages or token ids")
     id: str = Field("id", description="the field of a .jsonl line that holds the prompt's id")
     limit: Count | None = Field(None, description="take the first so many")
@@ -233,7 +245,7 @@ class PromptsSpec(_Strict):
     def kind(self) -> str | None:
         """What the file holds: `txt` or `jsonl`."""
         suffix = Path(self.file or "").suffix.removeprefix(".")
-        return self.format or (suffix if suffix in ("txt", "jsonl") else None)
+        return self.format or (suffix if suffix in KINDS else None)
 
 
 def _prompts(value: Any) -> Any:
@@ -245,7 +257,7 @@ def _prompts(value: Any) -> Any:
 class TokenizerSpec(_Strict):
     """How text becomes token ids."""
 
-    name: str | None = Field(None, description="another model's tokenizer: hub id or local folder")
+    name: Name | None = Field(None, description="another model's tokenizer: hub id or local folder")
     add_special_tokens: bool = True
     max_length: Count | None = Field(None, description="the most tokens a prompt may have; default: the model's limit")
     truncation: bool = Field(False, description="cut what is too long, instead of stopping with an error")
@@ -256,7 +268,7 @@ class TokenizerSpec(_Strict):
 class SaveSpec(_Strict):
     """What to keep at one address."""
 
-    name: str | None = None
+    name: Name | None = None
     address: Annotated[str, AfterValidator(_address)]
     tokens: Selected = None
     dtype: StorageType | None = None
@@ -278,6 +290,8 @@ def _save(value: Any) -> Any:
             f"must be a list of addresses, or a mapping of names to addresses; write `- {value}` on a line of its own"
         )
     if isinstance(value, Mapping):
+        if several := next((name for name, entry in value.items() if isinstance(entry, list)), None):
+            raise ValueError(f"`{several}` is the name of one address, not of a list; give each a name of its own")
         return [
             {"name": name, **(entry if isinstance(entry, Mapping) else {"address": entry})} for name, entry in value.items()
         ]
@@ -297,7 +311,7 @@ class ShardSpec(_Strict):
     size: Annotated[Count, BeforeValidator(_bytes, json_schema_input_type=int | str)] = Field(
         10**9, description="bytes in a shard, or 1 GB"
     )
-    tokens: Count = Field(262_144, description="tokens in a part, which is four shards at most")
+    tokens: Count = Field(262_144, description="tokens in a part, which is a few shards")
 
 
 def _names(save: list[SaveSpec]) -> list[SaveSpec]:
@@ -320,7 +334,9 @@ class Spec(_Strict):
 
     model: Annotated[ModelSpec, BeforeValidator(_text_of("name"), json_schema_input_type=str | ModelSpec)]
     prompts: Annotated[PromptsSpec, BeforeValidator(_prompts, json_schema_input_type=list[PromptRow] | PromptsSpec)]
-    tokenizer: TokenizerSpec = TokenizerSpec()
+    tokenizer: Annotated[TokenizerSpec, BeforeValidator(_text_of("name"), json_schema_input_type=str | TokenizerSpec)] = (
+        TokenizerSpec()
+    )
     save: Annotated[
         list[SaveEntry],
         AfterValidator(_names),

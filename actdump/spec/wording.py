@@ -58,6 +58,8 @@ def said(error: Any, where: Where) -> str:
         return f"{key}: must be {error['ctx']['ge']} or more"
     if kind == "less_than_equal":
         return f"{key}: must be {error['ctx']['le']} or less"
+    if kind == "string_too_short":
+        return f"{key}: is empty"
     if kind == "string_unicode":
         return f"{key}: half a character (a lone surrogate), which is no text"
     return f"{key}: {error['msg']}"
