@@ -7,6 +7,7 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from needs import need
@@ -218,6 +219,42 @@ def test_a_model_that_cannot_be_copied_runs_alone(change, why, caplog):
     assert [record.message for record in caplog.records] == [
         "the model cannot be copied, so its forwards run one after another: " + why
     ]
+
+
+def drawn(module):
+    """As Reformer does, which seeds first, so that all its forwards draw the same."""
+    module.last.register_forward_pre_hook(lambda _last, args: (torch.manual_seed(1), (args[0] + torch.rand(1),))[1])
+
+
+def seeded_in_numpy(module):
+    """As BigBird does."""
+    module.register_forward_pre_hook(lambda _module, _args: np.random.seed(0))
+
+
+@pytest.mark.parametrize("change", [drawn, seeded_in_numpy])
+def test_forwards_that_draw_random_numbers_run_one_after_another(change, caplog):
+    module = Small().eval()
+    change(module)
+    rows = torch.randint(0, 40, (8, 7))
+    with opened(module) as side:
+        for _ in range(2):
+            made = dict(side.run(lambda lane, number: captured(lane, rows[number]), range(8)))
+            assert made == dict.fromkeys(range(8))
+    assert [record.message for record in caplog.records] == [
+        "the model's forwards draw random numbers, so they run one after another"
+    ]
+
+
+def test_random_numbers_are_watched_and_are_as_before_afterwards():
+    before = torch.get_rng_state(), np.random.get_state()[1]
+    for draw in (lambda: torch.rand(1), lambda: np.random.rand(1), lambda: torch.manual_seed(0)):
+        dice = engine.Dice()
+        assert not dice.thrown
+        draw()
+        assert dice.thrown
+        dice.restore()
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert (np.random.get_state()[1] == before[1]).all()
 
 
 # ------------------------------------------------------------------------------------------------------------------- the order

@@ -8,6 +8,7 @@ gave, which labels every axis; then it shows, on values, that a prompt cut out o
 from actdump.engine.attention import any_shape
 from actdump.engine.axes import Fault
 from actdump.engine.capture import capture, evened, stream
+from actdump.engine.dice import Dice
 from actdump.engine.measure import Measured
 from actdump.engine.outline import outline
 from actdump.engine.padded import Padded, positions
@@ -19,6 +20,7 @@ from actdump.engine.twin import breaking_off, twin
 from actdump.engine.whole import capture_whole
 
 __all__ = [
+    "Dice",
     "Fault",
     "Feed",
     "Measured",

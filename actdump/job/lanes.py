@@ -18,6 +18,8 @@ from actdump.memory import out_of_memory
 if TYPE_CHECKING:
     from torch import nn
 
+    from actdump.engine import Dice
+
 log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
@@ -49,18 +51,19 @@ class Lanes:
         self._count = _count(bound.module, self._all)
         self._free: SimpleQueue[Bound] = SimpleQueue()
         self._threads: ThreadPoolExecutor | None = None
+        self._dice: Dice | None = None
         self._tight = False
 
     def run(self, do: Callable[[Bound, Item], Made], items: Sequence[Item]) -> Iterator[tuple[Item, Made | None]]:
         """Do something with each item in a lane; the items in their order, each with what came of it.
 
         Where that is `None`, it is to be done (anew) by the caller, who has all threads and all memory for it, because nothing runs
-        beside. So it is with the items that are left over when each lane has had as many as the others, and with one that found
-        memory short and those that were not begun by then.
+        beside. So it is with the items that are left over when each lane has had as many as the others; with one that found memory
+        short, and those that were not begun by then; and with all from the first on during which somebody drew random numbers.
         """
         if self._count > 1 and len(items) >= self._count and self._threads is None:
             self._open()
-        together = len(items) - len(items) % self._count if self._threads else 0
+        together = len(items) - len(items) % self._count if self._count > 1 and self._threads else 0
         self._tight = False
         running = deque(self._submit(do, item) for item in items[:together])
         for item in items[:together]:
@@ -69,11 +72,16 @@ class Lanes:
                 while wait(running, LOOK).not_done:
                     self._check_stop()
             yield item, made
+        if together and self._drawn:
+            log.warning("the model's forwards draw random numbers, so they run one after another")
+            self._count = 1
         for item in items[together:]:
             yield item, None
 
     def _open(self) -> None:
         import torch
+
+        from actdump import engine
 
         try:
             self._lanes += [_twin(self._lanes[0]) for _ in range(self._count - 1)]
@@ -83,6 +91,7 @@ class Lanes:
             return
         for lane in self._lanes:
             self._free.put(lane)
+        self._dice = engine.Dice()
         self._threads = ThreadPoolExecutor(self._count, "actdump-lane", torch.set_num_threads, (self._all // self._count,))
 
     def _submit(self, do: Callable[[Bound, Item], Made], item: Item) -> "Future[Made | None]":
@@ -92,7 +101,10 @@ class Lanes:
     def _in_lane(self, do: Callable[[Bound, Item], Made], item: Item) -> Made | None:
         lane = self._free.get()
         try:
-            return None if self._tight else do(lane, item)
+            made = None if self._tight else do(lane, item)
+            if not self._drawn:
+                return made
+            self._tight = True  # and what was made may be of another forward's numbers
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -100,6 +112,10 @@ class Lanes:
         finally:
             self._free.put(lane)
         return None
+
+    @property
+    def _drawn(self) -> bool:
+        return self._dice is not None and self._dice.thrown
 
     def _awaited(self, future: "Future[Made | None]") -> Made | None:
         while not wait([future], LOOK).done:
@@ -121,6 +137,8 @@ class Lanes:
                 store.shut_down(self._threads, cancel=True)
         finally:
             torch.set_num_threads(self._all)  # for the threads that come
+            if self._dice is not None:
+                self._dice.restore()
 
 
 def _count(module: "nn.Module", threads: int) -> int:
