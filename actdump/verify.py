@@ -1,33 +1,33 @@
-"""What a dump holds, compared with what its manifest, plan and records say: sizes, sha256 and structure."""
+"""What a dump holds, compared with what its manifest, plan and records say: sizes and sha256."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from actdump.errors import DataError
-from actdump.format import OFFSETS, TOKENS, Folder, Manifest, Shard, plan_from_json, shard_from_json
+from actdump.format import Folder, Manifest, Shard, plan_from_json, shard_from_json
 from actdump.inputs import sha256
-from actdump.plan import Column, Plan
-from actdump.reader import Dump, OpenShard
+from actdump.plan import Plan
+from actdump.reader import Dump
 
 T = TypeVar("T")
 
 
 def faults(dump: Dump) -> list[str]:
-    """Compare every file of a dump with the manifest: sizes, sha256 and structure. The faults found, in words; none if whole."""
-    columns, shards = dump.manifest.columns, dump.manifest.shards
-    in_shards = [fault for shard in shards for fault in shard_faults(dump.folder, columns, shard)]
-    return [*_plan_faults(dump), *in_shards, *prompts_faults(dump.folder, dump.manifest.facts)]
+    """Compare every file of a dump with the manifest: sizes and sha256. The faults found, in words; none if whole."""
+    folder, manifest = dump.folder, dump.manifest
+    plan = _read(folder.plan, plan_from_json)
+    of_plan, facts = (
+        ([plan], manifest.facts) if isinstance(plan, str) else (manifest_faults(folder, manifest, plan), plan.facts)
+    )
+    in_shards = [fault for shard in manifest.shards for fault in shard_faults(folder, shard)]
+    return [*of_plan, *in_shards, *prompts_faults(folder, facts)]
 
 
-def shard_faults(folder: Folder, columns: Sequence[Column], shard: Shard) -> list[str]:
+def shard_faults(folder: Folder, shard: Shard) -> list[str]:
     """Compare a shard and its record with what the manifest, or the record itself, says of them; the faults found, in words."""
-    path = folder.shard(shard.number)
-    return [
-        *(_file_faults(path, shard.sha256, shard.bytes) or _structure_faults(folder, columns, shard)),
-        *_record_faults(folder, shard),
-    ]
+    return [*_file_faults(folder.shard(shard.number), shard.sha256, shard.bytes), *_record_faults(folder, shard)]
 
 
 def prompts_faults(folder: Folder, facts: Mapping[str, Any]) -> list[str]:
@@ -47,20 +47,6 @@ def _file_faults(path: Path, digest: str, size: int) -> list[str]:
         return [f"{path}: cannot be read: {error.strerror}"]
 
 
-def _structure_faults(folder: Folder, columns: Sequence[Column], shard: Shard) -> list[str]:
-    opened = OpenShard(folder, shard)
-    names = set(opened.file.keys())
-    wanted = {name for column in columns for name in (column.name, column.name + OFFSETS)} | {TOKENS, TOKENS + OFFSETS}
-    path = folder.shard(shard.number)
-    if names != wanted:
-        return [f"{path}: holds {sorted(names ^ wanted)[:4]} more or less than planned"]
-    return [
-        f"{path}: {column.name} has the shape {tuple(found)}, and should have {(shard.rows[column.name], *column.layout.row)}"
-        for column in columns
-        if tuple(found := opened.file.get_slice(column.name).get_shape()) != (shard.rows[column.name], *column.layout.row)
-    ]
-
-
 def _record_faults(folder: Folder, shard: Shard) -> list[str]:
     path = folder.record(shard.number)
     record = _read(path, shard_from_json)
@@ -71,17 +57,11 @@ def _record_faults(folder: Folder, shard: Shard) -> list[str]:
     return [f"{path}: {', '.join(wrong)}: not what manifest.json says"] if wrong else []
 
 
-def _plan_faults(dump: Dump) -> list[str]:
-    plan = _read(dump.folder.plan, plan_from_json)
-    return [plan] if isinstance(plan, str) else manifest_faults(dump.folder, dump.manifest, plan)
-
-
 def manifest_faults(folder: Folder, manifest: Manifest, plan: Plan) -> list[str]:
     """Compare a manifest with the plan, and its totals with its shards; the faults found, in words."""
-    if manifest.digest != plan.digest:
-        return [f"{folder.plan}: not the plan of this dump: its digest is not that in manifest.json"]
     planned = [(shard.number, shard.first, shard.prompts, shard.tokens) for shard in plan.shards]
     same = {
+        "digest": manifest.digest == plan.digest,
         "columns": manifest.columns == plan.columns,
         "facts": manifest.facts == plan.facts,
         "shards": [(shard.number, shard.first, shard.prompts, shard.tokens) for shard in manifest.shards] == planned,

@@ -105,6 +105,15 @@ def forge(**values):
     return change
 
 
+def rename_rows(path):
+    """A bit flips in the name of a tap, in what the manifest says of the shard of a record."""
+    manifest = path.parent.parent / "manifest.json"
+    value = json.loads(manifest.read_text())
+    rows = value["shards"][1]["rows"]
+    rows[next(iter(rows)) + "x"] = rows.pop(next(iter(rows)))
+    manifest.write_text(json.dumps(value))
+
+
 def become_a_folder(path):
     path.unlink()
     path.mkdir()
@@ -125,6 +134,9 @@ DAMAGE = {
     "missing prompts": ("prompts.jsonl", lose, "missing"),
     "an empty manifest": ("manifest.json", empty, "not a manifest"),
     "a manifest of fewer tokens": ("manifest.json", forge(tokens=1), "`tokens`: not what plan.json says"),
+    "a manifest of another digest": ("manifest.json", forge(digest="0" * 64), "`digest`: not what plan.json says"),
+    "a manifest without facts": ("manifest.json", forge(facts={}), "`facts`: not what plan.json says"),
+    "a manifest of other rows": ("shards/00001.json", rename_rows, "`rows`: not what manifest.json says"),
     "a manifest of fewer shards": ("manifest.json", forge(shards=[]), "`shards`, `bytes`: not what plan.json says"),
 }
 

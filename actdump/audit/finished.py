@@ -114,6 +114,5 @@ def _check_files(manifest: Manifest, spec: ModelSpec) -> None:
 
 def _check_shards(dump: Dump, choice: Choice) -> None:
     shards = {shard.number: shard for number in choice.numbers for shard in [dump.shard_of(number).shard]}
-    columns = dump.manifest.columns
-    if faults := [fault for shard in shards.values() for fault in verify.shard_faults(dump.folder, columns, shard)]:
+    if faults := [fault for shard in shards.values() for fault in verify.shard_faults(dump.folder, shard)]:
         raise DataError("\n".join(faults))

@@ -43,7 +43,7 @@ def _damage(job: Job, plan: Plan, spans: Sequence[Span]) -> Damage:
     for span in spans:
         job.check_stop()
         shard = store.finished(folder, span, plan.digest) if manifest is None else manifest.shards[span.number]
-        if shard is not None and (found := verify.shard_faults(folder, plan.columns, shard)):
+        if shard is not None and (found := verify.shard_faults(folder, shard)):
             faults += found
             damaged.append(span)
     if manifest is not None or folder.prompts.exists():
