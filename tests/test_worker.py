@@ -188,6 +188,8 @@ def test_a_part_is_one_workers_until_it_is_done_or_the_worker_dies(folder):
         process.kill()
         process.wait()
         assert crew.others() == []
+        assert store.at_work(folder) == {}
+        assert folder.claim(3).exists()  # who only looks changes nothing
         claim = crew.claim(part)
         assert claim is not None
         assert crew.claim(part) is None  # nor twice to one

@@ -92,9 +92,7 @@ def at_work(folder: Folder) -> dict[int, tuple[int, str]]:
     """Which parts are being worked on, and the process id and host of who does."""
     found = {}
     for path in folder.shards.glob(".*.actdump-lock"):
-        with suppress(NoLocksError, OSError, ValueError):  # it may be gone already, or not be signed yet
-            if (lock := Lock.take(path, "")) is None:
+        with suppress(OSError, ValueError):  # it may be gone already, or not be signed yet
+            if Lock.is_taken(path):
                 found[int(path.name[1:].partition(".")[0])] = number_and_host(path.read_text())
-            else:
-                lock.remove()
     return found

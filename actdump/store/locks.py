@@ -5,6 +5,7 @@ import os
 import platform
 import secrets
 from contextlib import suppress
+from fcntl import LOCK_NB, LOCK_SH, flock
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,6 +95,20 @@ class Lock:
                 raise NoLocksError from error
             raise
         return Lock(path, held)
+
+    @staticmethod
+    def is_taken(path: Path) -> bool:
+        """Whether anybody holds a lock: found out without a right to write, and without taking it.
+
+        Raises:
+            OSError: it is gone, or the file system has none.
+        """
+        with path.open("rb") as file:
+            try:
+                flock(file, LOCK_SH | LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
     @property
     def held(self) -> bool:
