@@ -208,18 +208,20 @@ def check(spec: SpecFile, output: Output = None, sets: Sets = None, limit: Limit
 
 def _show_forecast(spec: "Spec", root: Path | None, as_json: bool, quiet: bool) -> None:
     from actdump import console, job, store, views
+    from actdump.format import Folder
 
     console.start_logging(quiet)
     with nullcontext() if quiet else console.Bar() as bar:
         forecast = job.forecast(spec, bar, root)
     place = root or Path()
-    free = store.free_space(place)
+    free = store.free_space(Folder(place).shards)
     if as_json:
         console.answer(json.dumps(views.forecast_json(forecast, free)))
         return
     views.show(views.forecast_table(forecast))
     console.out.print()
-    views.show(views.facts_table(views.forecast_facts(forecast, place, free)))
+    taken = store.taken(Folder(root)) if root is not None else 0
+    views.show(views.facts_table(views.forecast_facts(forecast, place, free, taken)))
 
 
 @app.command()

@@ -48,7 +48,6 @@ def read(spec: PromptsSpec, stdin: Path | None = None) -> Iterator[Prompt]:
     ids = _Ids()
     number = -1
     for number, (row, where) in enumerate(_rows(spec, stdin)):
-        _check_writable(row, where)
         yield Prompt(number, ids.take(number, row.id, where), row.content, row.fields, where)
     if number < 0:
         raise SpecError(f"{'standard input' if spec.file == '-' else spec.file}: there are no prompts in it")
@@ -57,14 +56,15 @@ def read(spec: PromptsSpec, stdin: Path | None = None) -> Iterator[Prompt]:
 _json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
-def _check_writable(row: "_Found", where: str) -> None:
-    """Make sure that what is read back from prompts.jsonl will be what was given.
+def _writable(row: "_Found", where: str) -> "_Found":
+    """The row, if what is read back from prompts.jsonl will be what was given.
 
     Raises:
         SpecError: it would not.
     """
     try:
         _json(row).encode()
+        return row
     except UnicodeEncodeError:
         raise SpecError(f"{where}: half a character (a lone surrogate), which is no text") from None
     except ValueError:
@@ -89,7 +89,7 @@ def _rows(spec: PromptsSpec, stdin: Path | None) -> Iterator[tuple[_Found, str]]
     if spec.rows is not None:
         for number, row in enumerate(spec.rows[: spec.limit]):
             where = f"prompts[{number}]"
-            yield _found(row, where), where
+            yield _writable(_found(row, where), where), where
         return
     json_lines = spec.kind == "jsonl"  # asked once, not for each of a million lines
     wrong: dict[str, list[str]] = {}  # where each fault is
@@ -99,7 +99,7 @@ def _rows(spec: PromptsSpec, stdin: Path | None) -> Iterator[tuple[_Found, str]]
             break
         try:
             line = _decoded(raw, where)
-            found = _json_row(line, where, spec) if json_lines else _checked({"text": line}, where)
+            found = _writable(_json_row(line, where, spec), where) if json_lines else _checked({"text": line}, where)
         except SpecError as error:
             wrong.setdefault(str(error).removeprefix(f"{where}: "), []).append(where)
             end = min(end, number + FURTHER)

@@ -30,9 +30,9 @@ def parse_selection(value: object) -> Selection:
 
 
 def _filled(entries: Slice) -> Slice:
-    """The slice, if some prompt is long enough for it to pick anything."""
+    """The slice, if it picks anything of some prompt, be it a short one or a long one."""
     bounds = [abs(bound) for bound in (entries.start, entries.stop) if bound is not None]
-    if not entries.of(sum(bounds) + 1):
+    if not any(entries.of(tokens) for tokens in (1, max(bounds, default=1), sum(bounds) + 1)):
         raise AddressError(f"the slice {entries} never picks a token")
     return entries
 

@@ -78,14 +78,18 @@ def _rows_and_bytes(forecast: "Forecast", column: Column) -> tuple[int, int]:
     return rows, rows * column.layout.row_bytes
 
 
-def forecast_facts(forecast: "Forecast", root: Path, free: int) -> list[tuple[str, str]]:
-    """What `check` says of the run as a whole."""
+def forecast_facts(forecast: "Forecast", root: Path, free: int, taken: int) -> list[tuple[str, str]]:
+    """What `check` says of the run as a whole.
+
+    Args:
+        free, taken: bytes at `root`, and those of the dump that stands there, which are kept or make room.
+    """
     plan = forecast.plan
     share = 1 - plan.tokens / max(forecast.padded, 1)
     padding = f"{share:.1%} of what is computed is padding"
     if share > MUCH and len(plan.parts) > 1:
         padding += ", less in larger shards (`shard`), which hold more prompts to sort"
-    fits = "" if forecast.bytes <= free else " (TOO LITTLE)"
+    fits = "" if forecast.bytes <= free + taken else " (TOO LITTLE)"
     return [
         ("prompts", f"{plan.prompts:,}, {plan.tokens:,} tokens"),
         ("shards", f"{len(plan.shards):,} in {counted(len(plan.parts), 'part')}"),

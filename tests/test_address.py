@@ -198,3 +198,4 @@ def test_a_slice_that_never_picks_a_token_is_refused():
         parse_selection("5:2")
     assert parse_selection("2:5") == Slice(2, 5)
     assert parse_selection("5:-2") == Slice(5, -2)
+    assert parse_selection("-3:2") == Slice(-3, 2)  # of prompts of one to four tokens

@@ -298,6 +298,13 @@ def test_a_log_that_nobody_reads_any_more_does_not_end_a_run() -> None:
     assert "whole" in done.stdout
 
 
+def test_check_counts_what_is_there_as_room(monkeypatch) -> None:
+    actdump("run", "spec.yaml")
+    monkeypatch.setattr("actdump.store.free_space", lambda _: 10)
+    assert "TOO LITTLE" not in actdump("check", "spec.yaml").stdout
+    assert "10 are free at other (TOO LITTLE)" in actdump("check", "spec.yaml", "-o", "other").stdout
+
+
 # -------------------------------------------------------------------------------------------------------------------- progress
 
 

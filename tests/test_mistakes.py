@@ -686,7 +686,7 @@ def test_a_folder_that_holds_another_dump_is_refused_and_what_differs_is_named()
     assert "--overwrite" in said.err
     said = run(GOOD.replace("[4, 5]", "[4, 6]"))
     assert said.code == 73
-    assert "`prompts.rows[1].input_ids[1]` was 5 and is 6" in said.err
+    assert "`prompts[1].input_ids[1]` was 5 and is 6" in said.err
     assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
 
 

@@ -227,8 +227,9 @@ def test_wrong_lines_are_told_together(tmp_path):
         f"{path}:5: a line must be a JSON object or text, not [1]; one prompt a line",
     ]
     assert [prompt.content for prompt in read(PromptsSpec(file=str(path), limit=1))] == ["a"]
-    path.write_bytes(b'\n"\xff"\n"a"\n')
-    with pytest.raises(SpecError, match=r":1: the line is empty; remove it\n.*:2: not UTF-8 text"):
+    path.write_bytes(b'\n"\xff"\n{"text": "a", "x": NaN}\n"\\ud83d"\n{"text": "a", "x": NaN}\n')
+    told = r":1: the line is empty; remove it\n.*:2: not UTF-8 text.*\n.*:3: NaN .* \(so in line 5\)\n.*:4: half a character"
+    with pytest.raises(SpecError, match=told):
         list(read(PromptsSpec(file=str(path))))
     path.write_text("\n" * 1000)
     with pytest.raises(SpecError, match=r":1: the line is empty; remove it \(so in lines 2, 3, 4, 5 and 15 more\)"):

@@ -207,6 +207,12 @@ def test_overrides(read) -> None:
     assert spec.selection == Slice(2, 5)
 
 
+@pytest.mark.parametrize("written", ["2:", "-3:", ":2", "-3:-1"])
+def test_an_override_of_a_slice_needs_no_quotes(read, written: str) -> None:
+    """YAML would take `2:` for a mapping."""
+    assert read(SHORT, f"tokens={written}").tokens == written
+
+
 def test_an_override_of_an_address_needs_no_quotes(read) -> None:
     assert read(SHORT, "save.0=model.layers[0].mlp.output").save[0].address == "model.layers[0].mlp.output"
 
@@ -301,6 +307,7 @@ def test_yaml_traps(read) -> None:
         prompts:
           - "no"
           - {id: 2024-01-01, text: 12:30:45, label: no}
+          - {id: 010, text: a}
         save: [norm.output]
         tokens: 2:5
     """)
@@ -308,6 +315,7 @@ def test_yaml_traps(read) -> None:
     assert rows is not None
     assert rows[0].text == "no"
     assert (rows[1].id, rows[1].text, rows[1].model_extra) == ("2024-01-01", "12:30:45", {"label": False})
+    assert rows[2].id == "010"  # 8 in YAML 1.1
     assert spec.selection == Slice(2, 5)
 
 

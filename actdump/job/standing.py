@@ -129,10 +129,15 @@ def differences(now: object, before: object, key: str = "") -> Iterator[str]:
         for place in range(len(now)):
             yield from differences(now[place], before[place], f"{key}[{place}]")
     elif isinstance(now, list) and isinstance(before, list):
-        yield f"`{key}` had {len(before)} entries and has {len(now)}"
+        yield f"`{_written(key)}` had {len(before)} entries and has {len(now)}"
     else:
         gone = ", where there are none" if before == LOCAL and isinstance(now, str) else ""
-        yield f"`{key}` was {_short(before)} and is {_short(now)}{gone}"
+        yield f"`{_written(key)}` was {_short(before)} and is {_short(now)}{gone}"
+
+
+def _written(key: str) -> str:
+    """A key as a user writes it."""
+    return key.replace("prompts.rows", "prompts", 1)
 
 
 def _short(value: object) -> str:

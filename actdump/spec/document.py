@@ -184,9 +184,13 @@ class _Document:
     def _given(self, text: str, where: Where) -> Any:
         """What the text of an override holds: YAML, or, where it is none, text."""
         self.lines[where] = self.label
+        if text == "-" or re.fullmatch(
+            r"-?\d+:", text
+        ):  # standard input, and a slice: YAML takes them for a list and a mapping
+            return text
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
-            return text if text == "-" else None if node is None else self._value(node, where)
+            return None if node is None else self._value(node, where)
         except yaml.constructor.ConstructorError as error:
             raise UsageError(f"{self.label}: {error.problem}") from None
         except yaml.YAMLError:
@@ -264,9 +268,11 @@ _ENDLESS = "an alias stands within what it names (as in `&a [*a]`), or lists and
 
 
 def _plain_scalar(text: str) -> Any:
-    """An unquoted scalar by YAML's rules, without its base-60 numbers (`2:5` is a slice) and dates (`2024-01-01` is an id)."""
+    """An unquoted scalar by YAML's rules, without its base-60 numbers (`2:5` is a slice), dates, and octal numbers (`2024-01-01` and
+    `007` are ids)."""
     tag: str = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call] # its stubs say nothing
-    if tag.endswith((":timestamp", ":merge", ":value")) or (":" in text and tag.endswith((":int", ":float"))):
+    number = tag.endswith((":int", ":float"))
+    if tag.endswith((":timestamp", ":merge", ":value")) or (number and (":" in text or re.fullmatch(r"[-+]?0[0-7_]+", text))):
         return text
     try:
         return yaml.constructor.SafeConstructor().construct_object(yaml.ScalarNode(tag, text))
