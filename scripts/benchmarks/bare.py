@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from actdump import plan
 from benchmarks.rounds import in_turns, timed
 from benchmarks.setting import say
 
@@ -27,13 +28,9 @@ def bare(whole: nn.Module, depth: int) -> nn.Module:
 
 
 def padded_batches(ids: Sequence[Sequence[int]], budget: int, device: torch.device | str = "cpu") -> list[Tensor]:
-    """Prompts sorted by length, longest first, cut into right-padded batches of at most `budget` tokens."""
-    batches: list[list[Sequence[int]]] = []
-    for prompt in sorted(ids, key=len, reverse=True):
-        if not batches or len(batches[-1][0]) * (len(batches[-1]) + 1) > budget:
-            batches.append([])
-        batches[-1].append(prompt)
-    return [padded(batch).to(device) for batch in batches]
+    """Prompts sorted by length, longest first, cut into right-padded batches of at most `budget` tokens, as well as a run cuts them."""
+    cut = plan.batches(list(map(len, ids)), plan.Budget(budget))
+    return [padded([ids[place] for place in places]).to(device) for places in cut]
 
 
 def padded(batch: Sequence[Sequence[int]]) -> Tensor:

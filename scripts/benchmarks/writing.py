@@ -71,7 +71,7 @@ def written(plan: Plan, lengths: Array, source: Array, root: Path) -> None:
                         pending.put(column.name, places, source[:size])
                     pending.complete(places)
                     writer.flush(pending)
-                writer.hold(partial(pending.seal, place, {}, {}) for place, _ in enumerate(part.shards))
+                writer.hold(partial(pending.seal, place, {}, {}) for place in range(len(part.shards)))
             writer.finish()
     finally:
         shutil.rmtree(root)
