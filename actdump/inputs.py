@@ -120,9 +120,9 @@ def _prompt_file(name: str) -> Path:
     path = path_of(name)
     if path.is_dir():
         raise MissingError(f"prompts: `{name}` is a folder, not a file")
-    if name != "-" and not path.exists():
+    if not path.exists():
         raise MissingError(f"prompts: there is no file `{name}`")
-    if name != "-" and not path.is_file():
+    if not path.is_file():
         raise UsageError(
             f'prompts: `{name}` is a pipe or a device, which can be read only once; write `file: "-"` and pipe it in'
         )

@@ -212,8 +212,8 @@ def parts(
     """Cut prompts into parts.
 
     Args:
-        most_bytes: of a shard.
-        most_tokens: of a part. A prompt that alone passes a limit has a part of its own.
+        most_bytes: of a shard. A prompt that alone passes it has a shard of its own.
+        most_tokens: of a part. A prompt that alone passes it has a part of its own.
         most_shards: of a part.
     """
     cut: list[list[Span]] = []

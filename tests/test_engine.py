@@ -529,8 +529,7 @@ def test_the_probe_runs_to_the_end_only_to_count_calls():
     ran = Counter()
     for place, layer in enumerate(ladder.layers):
         layer.register_forward_pre_hook(lambda _, __, place=place: ran.update([place]))
-    found = probed(ladder, [tap("layers[1].output"), tap("layers[0].output")])
-    assert found.verified
+    probed(ladder, [tap("layers[1].output"), tap("layers[0].output")])
     assert (ran[0], ran[1]) == (3, 3)
     assert {ran[place] for place in range(2, len(ladder.layers))} == {2}
 

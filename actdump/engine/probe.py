@@ -23,12 +23,10 @@ class Probe:
 
     Attributes:
         runs: for each tap, in the order given, a site or a fault.
-        verified: whether values were compared, not shapes alone (they cannot be on the meta device).
     """
 
     runs: tuple[Site | Fault, ...]
     feed: Feed
-    verified: bool
 
     @property
     def sites(self) -> list[Site]:
@@ -96,7 +94,7 @@ def _probe(
     batch = observe(model, sites, feed, together)
     runs = tuple(labelled(site, tokens, dtype, *seen) for site, *seen in zip(sites, alone, batch, strict=True))
     if feed.device.type == "meta" or apart:
-        return Probe(runs, replace(feed, masked=not apart), verified=False)
+        return Probe(runs, replace(feed, masked=not apart))
     found = [run if isinstance(run, Site) else None for run in runs]
     batch_values = _row_values(found, batch)
     changed = _row_values(found, observe(model, sites, feed, ids["changed"], like=batch))
@@ -109,7 +107,7 @@ def _probe(
     wide = all(weight.dtype in (torch.float32, torch.float64) for weight in model.parameters())
     checked = tuple(verified(*each, wide) for each in zip(runs, alone_values, batch_values, strict=True))
     reads_pad = masked and _reads_pad(model, found, feed, ids["alone"])
-    return Probe(checked, replace(feed, masked=masked, reads_pad=reads_pad), verified=True)
+    return Probe(checked, replace(feed, masked=masked, reads_pad=reads_pad))
 
 
 def _reads_pad(model: nn.Module, sites: Sequence[Site | None], feed: Feed, ids: Tensor) -> bool:

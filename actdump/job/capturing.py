@@ -47,9 +47,7 @@ def write_parts(job: Job, plan: Plan, bound: Bound, crew: store.Crew, around: Ma
                     filling = _Filling(job, bound, pending, writer)
                     counts = _capture_part(job, plan, lanes, room, filling)
                     # Beside it, the lock and the files of the next part would wait for the disk, and the model for them.
-                    writer.hold(
-                        partial(filling.seal, place, claim, {**around, **counts}) for place, _ in enumerate(part.shards)
-                    )
+                    writer.hold(partial(filling.seal, place, claim, {**around, **counts}) for place in range(len(part.shards)))
         except Exception:  # whatever ends the run, a part that is whole is finished; a second Ctrl-C waits for none
             writer.finish()
             raise

@@ -106,7 +106,7 @@ def planned(job: Job, crew: store.Crew) -> tuple[Plan, Bound | None]:
                 source, bound = source_of(job, found.facts["model"]["commit"]), None
             if found is not None and job.overwrite:
                 bound = bound or loaded(job, source)
-                found = _to_go_on_with(job, found, bound)
+                found = None if _unlike(found, bound) else found  # that of another model is replaced
             _enter(job, crew, found)
             if found is None or not job.patiently(partial(store.has_tokens, job.folder, found)):
                 plan, bound = take_in(job, crew, source, hashes, found, bound)
@@ -129,11 +129,6 @@ def check_same(job: Job, plan: Plan, bound: Bound) -> None:
             f"{job.folder.root}: {unlike} are not those of the plan in the folder; use the versions of torch and transformers that "
             "made it (random weights hang on the kind of CPU too), or replace it with --overwrite"
         )
-
-
-def _to_go_on_with(job: Job, found: Plan | None, bound: Bound) -> Plan | None:
-    """A plan that was found, unless it is to be replaced because it is that of another model."""
-    return None if found is not None and job.overwrite and _unlike(found, bound) else found
 
 
 def _unlike(plan: Plan, bound: Bound) -> str | None:
@@ -185,7 +180,8 @@ def take_in(
         intake.place(shards)
         facts = facts_of(job.spec, bound, job.patiently(hashes), intake.facts)
         if found is None and not crew.locks:  # another worker may have made the plan in the meantime
-            found = _to_go_on_with(job, standing(job), bound)
+            found = standing(job)
+            found = None if found is not None and job.overwrite and _unlike(found, bound) else found
         plan = found or make(facts, bound.columns, parts, budget_for(job.spec, bound))
         # How the model is run may be another here (the mask, the attention kernel); a plan that is there stays.
         if plan.shards != shards or _taken_in(plan.facts) != _taken_in(facts):

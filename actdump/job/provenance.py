@@ -4,7 +4,7 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from actdump.job.bound import Bound
@@ -33,7 +33,7 @@ def circumstances(bound: Bound) -> dict[str, Any]:
     import torch
 
     return {
-        "versions": {name: version(name) for name in ("actdump", "torch", "transformers", "safetensors")},
+        "versions": {name: _version(name) for name in ("actdump", "torch", "transformers", "safetensors")},
         "python": platform.python_version(),
         "host": platform.node(),
         "device": _device(bound.feed.device),
@@ -41,6 +41,13 @@ def circumstances(bound: Bound) -> dict[str, Any]:
         "git": _git(),
         **({"slurm": slurm} if (slurm := _slurm()) else {}),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from its source
+        return "not installed"
 
 
 def _device(device: "torch.device") -> str:

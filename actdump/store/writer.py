@@ -10,7 +10,7 @@ from typing import Any, Self
 from actdump.store.pending import Pending
 from actdump.store.threads import shut_down
 
-AHEAD = 2  # batches, or parts, that may wait for one thread
+AHEAD = 2  # tasks of one thread, as the seals of a part are: one under way, and one that waits
 UNSEALED = 32  # shards that may wait for a thread that seals: two parts beside an accelerator
 BESIDE = 4  # batches that may be on their way where a device computes and the threads have the cores for themselves
 
