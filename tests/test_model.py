@@ -467,6 +467,14 @@ def test_a_token_outside_the_vocabulary(source: model.Source) -> None:
             ids([prompt([1, wrong])], source)
 
 
+def test_a_token_that_no_dump_can_hold_where_the_config_names_no_vocabulary() -> None:
+    source = model.find(ModelSpec(config={"model_type": "canine", "max_position_embeddings": 64}))
+    assert ids([prompt([1, 2**31 - 1])], source) == [[1, 2**31 - 1]]
+    for wrong in (2**31, -1):
+        with pytest.raises(SpecError, match=f"has the token id {wrong}; the vocabulary is 0 to {2**31 - 1}"):
+            ids([prompt([1, wrong])], source)
+
+
 def test_a_tokenizer_folder_without_a_tokenizer(source: model.Source, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingError, match=r"tokenizer\.name: there is no tokenizer in"):

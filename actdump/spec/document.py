@@ -184,9 +184,8 @@ class _Document:
     def _given(self, text: str, where: Where) -> Any:
         """What the text of an override holds: YAML, or, where it is none, text."""
         self.lines[where] = self.label
-        if text == "-" or re.fullmatch(
-            r"-?\d+:", text
-        ):  # standard input, and a slice: YAML takes them for a list and a mapping
+        # Standard input, and a slice: YAML takes them for a list and a mapping.
+        if text == "-" or re.fullmatch(r"-?\d+:", text):
             return text
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
