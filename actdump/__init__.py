@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from actdump.reader import open_dump as open
     from actdump.tracing import Model, load, wrap
 
+__version__ = "0.1.0"
 __all__ = ["ActdumpError", "Dump", "Model", "load", "open", "wrap"]
 
 _PLACES = {

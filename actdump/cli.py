@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from actdump import __version__
 from actdump.errors import ActdumpError, DataError, MissingError, Stopped, StorageError, UsageError
 from actdump.signals import StopSignals, ignore, let_go, seconds
 
@@ -40,6 +41,20 @@ LogJson = Annotated[bool, typer.Option("--log-json", help="Write progress, warni
 Output = Annotated[
     str | None, typer.Option("-o", "--output", help="The folder to write, instead of the spec's.", show_default=False)
 ]
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"actdump {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Print the version.")
+    ] = False,
+) -> None: ...
 
 
 @contextmanager
@@ -430,13 +445,13 @@ def _write_all() -> None:
 
 def _end(code: str | int | None) -> NoReturn:
     """End without waiting for what a stop abandoned, such as a model that is being loaded."""
-    from actdump import console
-
     ignore()
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError:  # which was told; Python would try once more, and end with a code of its own
+        from actdump import console
+
         console.out.on_broken_pipe()
     if "actdump.job" in sys.modules:
         from actdump import job

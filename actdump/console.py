@@ -6,13 +6,14 @@ import os
 from collections.abc import Sequence
 from datetime import datetime
 from time import monotonic
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from actdump.plan import Part, Plan
+if TYPE_CHECKING:
+    from actdump.plan import Part, Plan
 
 
 class Output(Console):
@@ -135,7 +136,7 @@ class Bar:
         if self.lines:
             say(doing)
 
-    def planned(self, plan: Plan, done: Sequence[Part]) -> None:
+    def planned(self, plan: "Plan", done: "Sequence[Part]") -> None:
         finished, tokens, written = (sum(getattr(part, name) for part in done) for name in ("prompts", "tokens", "bytes"))
         self.total, self.all_tokens, self.bytes = plan.prompts - finished, plan.tokens - tokens, plan.bytes - written
         self.began = self.said = monotonic()
@@ -164,7 +165,7 @@ class Bar:
                 prompts=self.prompts, tokens=self.tokens, bytes=round(written), seconds_left=round(left),
             )  # fmt: skip
 
-    def elsewhere(self, part: Part) -> None:
+    def elsewhere(self, part: "Part") -> None:
         self.total -= part.prompts
         self.all_tokens -= part.tokens
         self.bytes -= part.bytes

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,10 @@ def heavy(words: Sequence[str], code: int) -> set[str]:
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["schema"]])
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     assert heavy(words, 0) == set()
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert actdump("--version").stdout == f"actdump {version('actdump')}\n"
 
 
 def test_help_imports_no_spec_either() -> None:

@@ -1,6 +1,6 @@
 """Sites and feeds: a tap bound to a module, its axes, and how to run the model on token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -159,7 +159,8 @@ class Feed:
         device: where the ids go.
         vocabulary: ids are below this.
         pad: the id that fills rows up.
-        accepts: the names of the arguments that the model takes.
+        takes_mask: whether the model has an argument for an attention mask.
+        options: what every forward is given beside its tokens.
         state: what the model keeps between forwards, as it was before the first one.
         masked: whether padded rows need an attention mask; the probe finds out.
         reads_pad: whether the model takes the pad id for padding where it is a token of a prompt too, as XLM does, which makes a
@@ -169,26 +170,27 @@ class Feed:
     device: torch.device
     vocabulary: int
     pad: int
-    accepts: frozenset[str]
+    takes_mask: bool
+    options: Mapping[str, Any]
     state: State
     masked: bool = True
     reads_pad: bool = False
 
     def arguments(self, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """The keyword arguments of one forward on ids of shape (batch, token)."""
-        arguments: dict[str, Any] = {"input_ids": sent(ids, self.device)}
-        if mask is not None and "attention_mask" in self.accepts:
+        arguments = {"input_ids": sent(ids, self.device), **self.options}
+        if mask is not None and self.takes_mask:
             arguments["attention_mask"] = sent(mask, self.device)
-        if "use_cache" in self.accepts and self.device.type != "meta":  # without a cache, transformers looks at values
-            arguments["use_cache"] = False
         return arguments
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
     """Values on a device. CUDA takes them from pinned memory when it comes to that; from any other, where the host has no more of it,
     the device is waited for, with all that it has still to do."""
+    if values.device == device:
+        return values
     if device.type != "cuda":
-        return values if values.device == device else values.to(device)
+        return values.to(device)
     with suppress(RuntimeError):  # the host has no more of it
         values = values.pin_memory()
     return values.to(device, non_blocking=values.is_pinned())
@@ -210,9 +212,17 @@ def feed_for(model: nn.Module) -> Feed:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = cast(int, getattr(text, "vocab_size", None) or getattr(embedding, "num_embeddings", 2))
     pad = getattr(config, "pad_token_id", None)
-    accepts = frozenset(name for name, parameter in parameters.items() if parameter.kind != Parameter.VAR_KEYWORD)
-    place = next(iter((embedding or model).parameters()), torch.empty(0))
-    return Feed(place.device, vocabulary, pad if pad is not None and 0 <= pad < vocabulary else 0, accepts, State(model))
+    accepts = {name for name, parameter in parameters.items() if parameter.kind != Parameter.VAR_KEYWORD}
+    device = next(iter((embedding or model).parameters()), torch.empty(0)).device
+    keeps = "use_cache" not in accepts or device.type == "meta"  # without a cache, transformers looks at values
+    return Feed(
+        device=device,
+        vocabulary=vocabulary,
+        pad=pad if pad is not None and 0 <= pad < vocabulary else 0,
+        takes_mask="attention_mask" in accepts,
+        options={} if keeps else {"use_cache": False},
+        state=State(model),
+    )
 
 
 def _token_embedding(model: nn.Module) -> nn.Module | None:

@@ -4,7 +4,7 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from actdump.job.bound import Bound
@@ -13,6 +13,7 @@ from actdump.spec import ModelSpec
 if TYPE_CHECKING:
     import torch
 
+PACKAGES = ("actdump", "torch", "transformers", "safetensors")
 SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "SLURM_RESTART_COUNT")
 
 
@@ -33,7 +34,7 @@ def circumstances(bound: Bound) -> dict[str, Any]:
     import torch
 
     return {
-        "versions": {name: _version(name) for name in ("actdump", "torch", "transformers", "safetensors")},
+        "versions": {name: str(import_module(name).__version__) for name in PACKAGES},
         "python": platform.python_version(),
         "host": platform.node(),
         "device": _device(bound.feed.device),
@@ -41,13 +42,6 @@ def circumstances(bound: Bound) -> dict[str, Any]:
         "git": _git(),
         **({"slurm": slurm} if (slurm := _slurm()) else {}),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from its source
-        return "not installed"
 
 
 def _device(device: "torch.device") -> str:

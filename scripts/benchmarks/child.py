@@ -33,7 +33,10 @@ def run(command: Sequence[str]) -> Ended:
         RuntimeError: it failed; the message is what it said.
     """
     waiter = [sys.executable, __file__, *command]
-    done = subprocess.run(waiter, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    usual = {
+        name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
+    }  # or each one compiles anew
+    done = subprocess.run(waiter, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=usual)
     *printed, last = done.stdout.splitlines()
     seconds, peak, code = json.loads(last)
     if code != 0:
