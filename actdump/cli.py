@@ -30,6 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text, as in a log; to import what draws boxes takes as long as all the rest
 )
 
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML spec.", show_default=False)]
@@ -155,7 +156,7 @@ def run(
     log_json: LogJson = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors and the result.")] = False,
 ) -> None:
-    """Run the model over the prompts and write the dump; prints the path of its manifest."""
+    """Run the model over the prompts and write the dump. Prints the path of its manifest."""
     signals = StopSignals()
     with _quitting(stopped, log_json, None if dry_run else signals):
         from actdump import console, dependencies, views
@@ -213,7 +214,7 @@ def _run(
 
 @app.command()
 def check(spec: SpecFile, output: Output = None, sets: Sets = None, limit: Limit = None, as_json: Json = False) -> None:
-    """Show what a run would keep: every tap's module, axes and exact bytes; parts, batches, padding; disk space."""
+    """Show what a run would keep. Every tap's module, axes and exact bytes; parts, batches, padding; disk space."""
     with _quitting():
         loaded = _load(spec, sets, limit)
         root = None if output is None and loaded.output is None else _root(loaded, output)
@@ -241,7 +242,7 @@ def _show_forecast(spec: "Spec", root: Path | None, as_json: bool, quiet: bool) 
 
 @app.command()
 def explain(spec: SpecFile, output: Output = None, sets: Sets = None, limit: Limit = None, as_json: Json = False) -> None:
-    """Say what a run would find in its folder: nothing yet, its own dump, or another one and what differs."""
+    """Say what a run would find in its folder. Nothing yet, its own dump, or another one and what differs."""
     with _quitting():
         from actdump import console, job, views
 
@@ -260,7 +261,7 @@ def explain(spec: SpecFile, output: Output = None, sets: Sets = None, limit: Lim
 def status(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a dump.", show_default=False)], as_json: Json = False
 ) -> None:
-    """Say how far a dump is: parts done, in hand and missing; exit code 0 only when it is complete, and 75 before."""
+    """Say how far a dump is. Parts done, in hand and missing; exit code 0 only when it is complete, and 75 before."""
     with _quitting():
         from actdump import console, store, views
         from actdump.format import Folder
@@ -281,7 +282,7 @@ def tree(
     grep: Annotated[str | None, typer.Option(help="Only modules whose path or class holds this.")] = None,
     depth: Annotated[int | None, typer.Option(min=0, help="Only so many levels.")] = None,
 ) -> None:
-    """Show the modules of a model with their classes and the axes of their outputs."""
+    """Show the modules of a model, with their classes and axes."""
     with _quitting():
         from actdump import console, job, views
         from actdump.spec import model_spec
@@ -335,7 +336,7 @@ def audit(
     model: Annotated[str | None, typer.Option(help="Where the model is now, if not where it was.", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
-    """Run prompts of a dump alone, without actdump's engine, and compare them with the files."""
+    """Compare a dump with prompts run alone, without actdump's engine."""
     with _quitting():
         from actdump import audit, console, views
 
@@ -357,7 +358,7 @@ def diff(
     rtol: Annotated[float, typer.Option(help="How large the relative error of a token may be.")] = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Compare two dumps: prompts by id, taps by name, tokens one by one; exit code 65 if they differ by more than the limits."""
+    """Compare two dumps. Prompts by id, taps by name, tokens one by one; exit code 65 if they differ by more than the limits."""
     with _quitting():
         from actdump import console, diff, reader, views
 
@@ -389,7 +390,7 @@ def sbatch(
     limit: Limit = None,
     log_json: LogJson = False,
 ) -> None:
-    """Print a SLURM job script that runs a spec: actdump sbatch SPEC --time 1:00:00 | sbatch."""
+    """Print a SLURM job script that runs a spec. Use: actdump sbatch SPEC --time 1:00:00 | sbatch."""
     with _quitting():
         from actdump import console, slurm
 

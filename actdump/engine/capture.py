@@ -144,8 +144,6 @@ class _Catch:
             DataError: a site did not fire, or not as often as in the probe, or what it held has another shape.
         """
         for site, count in zip(self.sites, self._calls, strict=True):
-            if count <= site.wanted:
-                raise DataError(f"{site.tap.name}: its module did not run in this forward, though it did in the probe")
             if count != site.calls:
                 self._check_calls(site, count)
         for place, copy in self._copies:
@@ -156,11 +154,14 @@ class _Catch:
                 self._take(place, copy)
 
     def _check_calls(self, site: Site, count: int) -> None:
-        """Make sure that a call that is not counted from the first is the one that the probe found; a forward may stop before the others.
+        """Make sure that the wanted call was made, and, if it is not counted from the first, is the one that the probe found; a
+        forward may stop before the others.
 
         Raises:
-            DataError: it is not.
+            DataError: it was not, or is not.
         """
+        if count <= site.wanted:
+            raise DataError(f"{site.tap.name}: its module did not run in this forward, though it did in the probe")
         if site.late or (site.tap.call is None and count > cast(int, site.calls)):
             ran, before = times(count), times(cast(int, site.calls))
             raise DataError(

@@ -28,15 +28,9 @@ def hooked(sites: Sequence[Site], seen: Callable[[int, Any], None]) -> Iterator[
     """Call `seen(place, what the port holds)` whenever a site's module runs in this thread: what other threads run is not asked for.
     Every hook comes off on every way out."""
     handles: list[RemovableHandle] = []
-    thread = get_ident()
-
-    def seen_here(place: int, held: Any) -> None:
-        if get_ident() == thread:
-            seen(place, held)
-
     try:
         for place, site in enumerate(sites):
-            handles.append(_hook(site, place, seen_here))
+            handles.append(_hook(site, place, seen))
         yield
     finally:
         for handle in handles:
@@ -44,18 +38,19 @@ def hooked(sites: Sequence[Site], seen: Callable[[int, Any], None]) -> Iterator[
 
 
 def _hook(site: Site, place: int, seen: Callable[[int, Any], None]) -> RemovableHandle:
-    match site.tap.address.port:
-        case "output":
-            return site.module.register_forward_hook(lambda _module, _args, result: seen(place, result))
-        case "outputs":
-            return site.module.register_forward_hook(lambda _module, _args, result: seen(place, _as_arguments(result)))
-        case "input":
-            return site.module.register_forward_pre_hook(
-                lambda _module, args, named: seen(place, args[0] if args else next(iter(named.values()), None)),
-                with_kwargs=True,
-            )
-        case "inputs":
-            return site.module.register_forward_pre_hook(lambda _module, *given: seen(place, given), with_kwargs=True)
+    thread, port = get_ident(), site.tap.address.port
+
+    def after(_module: nn.Module, _args: Any, result: Any) -> None:
+        if get_ident() == thread:
+            seen(place, result if port == "output" else _as_arguments(result))
+
+    def before(_module: nn.Module, args: Any, named: Any) -> None:
+        if get_ident() == thread:
+            seen(place, (args, named) if port == "inputs" else args[0] if args else next(iter(named.values()), None))
+
+    if port in ("output", "outputs"):
+        return site.module.register_forward_hook(after)
+    return site.module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def _as_arguments(result: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
