@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 TABLE = 1 << 20  # elements; a larger buffer is a weight or a mask, and is not computed anew in a forward
-_OWN = frozenset(vars(nn.Module()))  # attributes in which torch keeps what a module consists of
+# Attributes in which torch keeps what a module consists of; and one by which transformers knows that it has put in hooks, which stay:
+# without it, each forward would put them in once more (`maybe_install_capturing_hooks`).
+_OWN = frozenset(vars(nn.Module())) | {"_output_capturing_hooks_installed"}
 
 
 class State:
@@ -40,8 +42,10 @@ class State:
         """Give back what forwards changed; whether they had changed anything."""
         if self._look.same and all(table.untouched for table in self._tables):
             return False  # of most models, after every forward
-        changed = [each.restored() for kept in (self._dictionaries, self._containers, self._tables) for each in kept]
-        return any(changed)
+        changed = any([each.restored() for kept in (self._dictionaries, self._containers, self._tables) for each in kept])
+        if not changed:  # what made the look doubt will be there next time
+            self._look = _Look(self._dictionaries, self._containers)
+        return changed
 
 
 class _Look:
@@ -107,17 +111,17 @@ class _Dictionary:
 
     held: dict[str, Any]
     values: dict[str, Any]
-    size: int
 
     @staticmethod
     def of(held: dict[str, Any]) -> "_Dictionary":
-        return _Dictionary(held, {name: value for name, value in held.items() if name not in _OWN}, len(held))
+        return _Dictionary(held, {name: value for name, value in held.items() if name not in _OWN})
 
     def restored(self) -> bool:
-        if len(self.held) == self.size and all(_same(self.held.get(name), value) for name, value in self.values.items()):
+        new = self.held.keys() - self.values.keys() - _OWN
+        if not new and all(name in self.held and _same(self.held[name], value) for name, value in self.values.items()):
             return False
-        for new in [name for name in self.held if name not in self.values and name not in _OWN]:
-            del self.held[new]
+        for name in new:
+            del self.held[name]
         self.held.update(self.values)
         return True
 

@@ -109,6 +109,18 @@ def test_a_module_without_buffers_is_given_back_too(change):
         assert not state.restored()
 
 
+def test_that_transformers_has_put_in_hooks_which_stay_is_not_forgotten():
+    module = Plain().eval()
+    state = State(nn.Sequential(module))
+    module._output_capturing_hooks_installed = True
+    assert not state.restored()
+    assert module._output_capturing_hooks_installed
+    module.reach = 32
+    assert state.restored()
+    assert not hasattr(module, "reach")
+    assert module._output_capturing_hooks_installed
+
+
 class Proud:
     def __eq__(self, other):
         raise TypeError("incomparable")

@@ -302,6 +302,24 @@ def test_every_value_is_that_of_the_prompt_alone(name, front, record_property):
     assert max(worst.values()) < 1e-5, worst
 
 
+RECORDS = config("llama", **NARROW, num_key_value_heads=2)
+
+
+@pytest.mark.parametrize("recording", [True, False])
+def test_hidden_states_that_a_config_asks_for_are_those_of_their_blocks(recording, front):
+    """transformers records them by hooks of its own, which it puts in with the first forward and leaves there."""
+    blocks = {"0": "model.embed_tokens", "1": "model.layers.0", "2": "model.layers.1", "3": "model.norm"}
+    recorded = {number: Place(f"output.hidden_states[{number}]", path) for number, path in blocks.items()}
+    plain = {"block": Place("model.layers[1].output[0]", "model.layers.1")}
+    case = Case({**RECORDS, "output_hidden_states": True}, recorded if recording else plain)
+    prompts = random_ids()
+    module = Case(RECORDS, {}).plain()
+    found, whole = front(case, prompts)
+    for ids, values in zip(prompts, found, strict=True):
+        for tap, expected in oracle(module, case.places, ids).items():
+            assert error_per_token(values[tap], expected if whole else expected[0]).max() < 1e-5, tap
+
+
 SELECTIONS = {
     "all": lambda value: value,
     "first": lambda value: value[0],
