@@ -16,7 +16,20 @@ from zoo import VOCABULARY, Ladder, Step, Toy, build
 import actdump
 import actdump.engine.rows as rows_module
 from actdump.address import Slice, parse
-from actdump.engine import Fault, Measured, Site, bind, capture, capture_whole, evened, feed_for, positions, probe, stream
+from actdump.engine import (
+    Fault,
+    Measured,
+    Site,
+    bind,
+    capture,
+    capture_whole,
+    evened,
+    feed_for,
+    positions,
+    probe,
+    stream,
+    try_out,
+)
 from actdump.errors import ActdumpError, AddressError, DataError, UsageError
 from actdump.plan import Batch, Layout
 from actdump.tap import Tap
@@ -549,7 +562,7 @@ def test_a_module_that_stops_running_is_an_error():
     model.layers[0].function = lambda hidden: model.each(hidden)
     found = probed(model, [tap("each.output")])
     model.layers[0].function = lambda hidden: hidden
-    with pytest.raises(DataError, match=r"each\.output: its module did not run in this forward, though it did in the probe"):
+    with pytest.raises(DataError, match=r"each\.output: its module ran not once in this forward, and once in the probe"):
         capture(model, found.sites, found.feed, Batch((0,), ([1, 2],)))
 
 
@@ -593,6 +606,35 @@ def test_what_holds_no_values_is_refused():
     model = Toy(lambda hidden: hidden, lambda hidden: hidden[..., :0])
     with pytest.raises(AddressError, match=re.escape("layers[1].output: it holds no values: (batch, token, 0)")):
         _ = probed(model, [tap("layers[1].output")]).sites
+
+
+def test_a_slice_that_leaves_nothing_of_an_axis_is_refused():
+    model = Toy(lambda hidden: hidden)
+    with pytest.raises(AddressError, match=re.escape("the slice 600: leaves nothing of an axis of size 4")):
+        _ = probed(model, [tap("layers[0].output[..., 600:]")]).sites
+
+
+def test_a_structure_that_is_another_than_in_the_probe_is_an_error():
+    model = Toy(lambda hidden: hidden)
+    found = probed(model, [tap("layers[0].output")])
+    model.layers[0].function = lambda hidden: hidden[:, :0].tolist()
+    with pytest.raises(DataError, match=re.escape("layers[0].output: the probe found (batch, token, 4)")):
+        capture(model, found.sites, found.feed, Batch((0,), ([1, 2],)))
+    model = Toy(lambda hidden: (hidden, hidden))
+    found = probed(model, [tap("layers[0].output[1]")])
+    model.layers[0].function = lambda hidden: (hidden,)
+    with pytest.raises(DataError, match=r"in this forward, unlike in the probe, .* leads nowhere"):
+        capture(model, found.sites, found.feed, Batch((0,), ([1, 2],)))
+
+
+def test_a_long_prompt_is_tried_out_as_far_as_the_last_tap():
+    model = Toy(lambda hidden: hidden, lambda hidden: hidden)
+    found = probed(model, [tap("layers[0].output")])
+    model.layers[1].function = lambda hidden: 1 / 0
+    try_out(model, found.sites, found.feed, 30)
+    model.layers[0].function = lambda hidden: 1 / 0
+    with pytest.raises(UsageError, match="does not run on token ids alone: ZeroDivisionError"):
+        try_out(model, found.sites, found.feed, 30)
 
 
 def test_what_the_probe_gives_as_nan_proves_nothing_and_gets_the_mask():

@@ -685,7 +685,7 @@ def test_rows_that_arrive_later_give_the_same_files(tmp_path, monkeypatch):
 def test_a_part_has_more_shards_on_an_accelerator(tmp_path, monkeypatch):
     spec = make_spec(100, shard={"size": 2500})
     job.run(spec, tmp_path / "cpu")
-    monkeypatch.setattr(bound, "_on_cpu", lambda _: False)
+    monkeypatch.setattr(bound, "_on_cpu", lambda *_: False)
     job.run(spec, tmp_path / "accelerator")
     plans = [store.load_plan(Folder(tmp_path / name))[0] for name in ("cpu", "accelerator")]
     assert [max(len(part.shards) for part in plan.parts) for plan in plans] == [SHARDS, SHARDS_ACCELERATOR]

@@ -537,6 +537,20 @@ def test_a_text_that_is_too_long_is_an_error_or_cut() -> None:
     assert json.loads(Path("out/manifest.json").read_text())["tokens"] == 2 + 4
 
 
+@pytest.mark.parametrize("broken", ["{", '{"version": "9.0", "added_tokens": [], "model": {"type": "Later"}}'])
+def test_a_tokenizer_file_that_cannot_be_read(broken: str) -> None:
+    save_tokenizer(Path("tok"))
+    Path("tok/tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": {}, "tokenizer_class": "TokenizersBackend"})
+    )
+    Path("tok/tokenizer.json").write_text(broken)
+    Path("p.txt").write_text("the tower\n")
+    said = run(with_file("p.txt", "tokenizer: tok\n"))
+    assert said.code == 66
+    assert "spec.yaml" in said.err and "tokenizer: none can be loaded from `tok`: " in said.err
+    assert "config names" not in said.err
+
+
 def test_a_max_length_beyond_the_models_positions_is_tried_out() -> None:
     longer = {"input_ids": list(range(65))}
     said = run(GOOD.replace("[4, 5]", str(longer["input_ids"])) + "tokenizer: {max_length: 65}\n")

@@ -215,7 +215,10 @@ def _forward(model: nn.Module, places: Sequence[Place], ids: Sequence[int], kept
     if "use_cache" in signature(model.forward).parameters:
         options["use_cache"] = False  # with one, some recurrent models take another way for a prompt of one token
     embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), model)
-    device = next(iter(embedding.parameters()), torch.empty(0)).device
+    weights = [*embedding.parameters(), *model.parameters()]
+    device = next(
+        (weight.device for weight in weights if not weight.is_meta), torch.device("cpu")
+    )  # `device_map` leaves some away
     with ExitStack() as stack, torch.no_grad(), suppress(_Enough):
         stack.callback(State(model).restored)
         if noise is not None:

@@ -1,4 +1,4 @@
-"""The hook engine: the only place with hooks. `bind` finds modules, `probe` labels axes, `capture` runs one forward.
+"""The hook engine. `bind` finds modules, `probe` labels axes, `capture` runs one forward.
 
 What is captured for a prompt at a tap is what the tap would hold if that prompt were run alone, unpadded; the batch axis is
 dropped. The probe makes this so: it sends tiny inputs of two shapes through the model and compares the shapes that each tap

@@ -179,7 +179,9 @@ def _sliced_dim(dim: int | Slice | None, entry: Slice) -> int | Slice | None:
             raise Unfit(f"the slice {entry} leaves nothing of the batch axis, whose size is 1 for one prompt")
         return None
     if isinstance(dim, int):
-        return len(entry.of(dim))
+        if not (left := len(entry.of(dim))):
+            raise Unfit(f"the slice {entry} leaves nothing of an axis of size {dim}")
+        return left
     if dim != Slice():
         raise Unfit("two slices of the token axis; write them as one")
     return entry

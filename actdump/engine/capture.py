@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from actdump.engine.hooks import Stop, described, hooked, read, tensor_index, times
+from actdump.engine.hooks import Stop, Unfit, described, hooked, read, tensor_index, times
 from actdump.engine.measure import measure
 from actdump.engine.padded import Padded, positions
 from actdump.engine.rows import Rows
@@ -116,7 +116,10 @@ class _Catch:
 
     def _take(self, place: int, held: Any) -> None:
         site = self.sites[place]
-        value = held if site.bare and isinstance(held, Tensor) else read(site.tap, held)[0]
+        try:
+            value = held if site.bare and isinstance(held, Tensor) else read(site.tap, held)[0]
+        except Unfit as error:
+            raise DataError(f"{site.tap.name}: in this forward, unlike in the probe, {error}") from None
         rows = self._kept(site, _gathered(site, value, self.padded))
         if self.sink is None:
             self.rows[place] = rows
@@ -161,7 +164,8 @@ class _Catch:
             DataError: it was not, or is not.
         """
         if count <= site.wanted:
-            raise DataError(f"{site.tap.name}: its module did not run in this forward, though it did in the probe")
+            ran, before = times(count) if count else "not once", times(cast(int, site.calls))
+            raise DataError(f"{site.tap.name}: its module ran {ran} in this forward, and {before} in the probe")
         if site.late or (site.tap.call is None and count > cast(int, site.calls)):
             ran, before = times(count), times(cast(int, site.calls))
             raise DataError(

@@ -213,7 +213,7 @@ def feed_for(model: nn.Module) -> Feed:
     vocabulary = cast(int, getattr(text, "vocab_size", None) or getattr(embedding, "num_embeddings", 2))
     pad = getattr(config, "pad_token_id", None)
     accepts = {name for name, parameter in parameters.items() if parameter.kind != Parameter.VAR_KEYWORD}
-    device = next(iter((embedding or model).parameters()), torch.empty(0)).device
+    device = _device(model, embedding)
     keeps = "use_cache" not in accepts or device.type == "meta"  # without a cache, transformers looks at values
     return Feed(
         device=device,
@@ -223,6 +223,13 @@ def feed_for(model: nn.Module) -> Feed:
         options={} if keeps else {"use_cache": False},
         state=State(model),
     )
+
+
+def _device(model: nn.Module, embedding: nn.Module | None) -> torch.device:
+    """That of what looks tokens up; where `device_map` left that on the host or on disk, that of other weights."""
+    weights = [*(embedding or model).parameters(), *model.parameters()]
+    here = [weight for weight in weights if not weight.is_meta] or weights
+    return here[0].device if here else torch.device("cpu")
 
 
 def _token_embedding(model: nn.Module) -> nn.Module | None:

@@ -1,6 +1,7 @@
 """Tiny forwards: a few made-up tokens through a model, and what ports hold of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 
 from actdump.address import parse
 from actdump.engine.axes import ALONE, TOGETHER
+from actdump.engine.capture import stream
 from actdump.engine.hooks import Stop, copied, hooked
 from actdump.engine.site import Feed, Site, bind
 from actdump.errors import UsageError
 from actdump.memory import memory_for, reworded
+from actdump.plan import Batch
 from actdump.tap import Tap
 
 # The row of TOGETHER that begins with the prompt of ALONE: not the first, the last or the middle one, so that a stray [0] or
@@ -61,10 +64,7 @@ def observe(
             if not missing:
                 raise Stop
 
-    scarce = memory_for(
-        f"a forward of {ids.numel()} tokens", "use a narrower `model.dtype`, `device_map: auto`, or `device: cpu`"
-    )
-    with torch.no_grad(), hooked(sites, keep), scarce, reworded(partial(_unfit, model)):
+    with torch.no_grad(), hooked(sites, keep), _worded(model, ids.numel()):
         try:
             model(**feed.arguments(ids, mask))
         except Stop:
@@ -72,6 +72,14 @@ def observe(
         finally:
             feed.state.restored()
     return seen
+
+
+@contextmanager
+def _worded(model: nn.Module, tokens: int) -> Iterator[None]:
+    """Word what a forward of so many tokens raises."""
+    remedy = "use a narrower `model.dtype`, `device_map: auto`, or `device: cpu`"
+    with memory_for(f"a forward of {tokens} tokens", remedy), reworded(partial(_unfit, model)):
+        yield
 
 
 def _unfit(model: nn.Module, error: Exception) -> UsageError:
@@ -88,10 +96,12 @@ def outputs(model: nn.Module) -> list[Site]:
     return bind(model, [Tap(path, parse(f"{path}.output" if path else "output")) for path in paths])
 
 
-def try_out(model: nn.Module, feed: Feed, tokens: int) -> None:
-    """Run a prompt of so many tokens.
+def try_out(model: nn.Module, sites: Sequence[Site], feed: Feed, tokens: int) -> None:
+    """Run a prompt of so many tokens as far as a run does, and keep nothing.
 
     Raises:
         UsageError: it does not run.
     """
-    observe(model, [], feed, torch.full((1, tokens), plain_id(feed), device="cpu"))
+    batch = Batch((0,), ((plain_id(feed),) * tokens,))
+    with torch.no_grad(), _worded(model, tokens):
+        stream(model, sites, feed, batch, lambda _: None)

@@ -46,6 +46,11 @@ class Bound:
         return tuple(site.column for site in self.sites)
 
     @property
+    def dtype(self) -> str:
+        """The model's own."""
+        return str(self.module.dtype).removeprefix("torch.")
+
+    @property
     def least(self) -> int:
         """The fewest tokens that a prompt must have for every tap's positions to be there."""
         return max((site.least for site in self.sites), default=1)
@@ -133,17 +138,18 @@ def budget_for(spec: Spec, bound: Bound) -> Budget:
     """How large batches may be: what the spec says, or what is fast on the device for the model's dtype."""
     tokens = spec.batch.tokens
     if tokens == "auto":
-        dtype = str(bound.module.dtype).removeprefix("torch.")
-        tokens = AUTO_TOKENS[dtype] if _on_cpu(spec) else AUTO_TOKENS_ACCELERATOR
+        tokens = AUTO_TOKENS[bound.dtype] if _on_cpu(spec, bound) else AUTO_TOKENS_ACCELERATOR
     return Budget(tokens, spec.batch.prompts)
 
 
-def shards_for(spec: Spec) -> int:
+def shards_for(spec: Spec, bound: Bound) -> int:
     """How many shards a part may have."""
-    return SHARDS if _on_cpu(spec) else SHARDS_ACCELERATOR
+    return SHARDS if _on_cpu(spec, bound) else SHARDS_ACCELERATOR
 
 
-def _on_cpu(spec: Spec) -> bool:
+def _on_cpu(spec: Spec, bound: Bound) -> bool:
+    """Whether the model is on a CPU; a skeleton: would be."""
     from actdump import model
 
-    return model.pick_device(spec.model.device).type == "cpu"
+    device = bound.feed.device
+    return (model.pick_device(spec.model.device) if device.type == "meta" else device).type == "cpu"

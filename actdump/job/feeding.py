@@ -86,4 +86,4 @@ def cut(spec: Spec, bound: Bound, lengths: Sequence[int], stdin: Path | None) ->
                 "%s: keeps nothing of any prompt, because none has tokens at the positions that it asks for", column.name
             )
     limits = spec.shard
-    return parts(bound.columns, lengths, most_bytes=limits.size, most_tokens=limits.tokens, most_shards=shards_for(spec))
+    return parts(bound.columns, lengths, most_bytes=limits.size, most_tokens=limits.tokens, most_shards=shards_for(spec, bound))

@@ -211,7 +211,7 @@ def _try_longest(bound: Bound, tokens: int) -> None:
     if limit is None or tokens <= limit:
         return
     try:
-        engine.try_out(bound.module, bound.feed, tokens)
+        engine.try_out(bound.module, bound.sites, bound.feed, tokens)
     except UsageError as error:
         raise SpecError(
             f"tokenizer.max_length: the longest prompt has {tokens:,} tokens, the model's config allows {limit:,}, and more do not "
@@ -236,7 +236,7 @@ def facts_of(spec: Spec, bound: Bound, hashes: Mapping[str, str], taken: Mapping
             "name": spec.model.source or str(config.model_type),
             "commit": bound.source.commit,
             "class": type(bound.module).__name__,
-            "dtype": str(bound.module.dtype).removeprefix("torch."),
+            "dtype": bound.dtype,
             "attn_implementation": getattr(config, "_attn_implementation", None),
             "masked": bound.feed.masked,
             "weights": model.fingerprint(bound.module),

@@ -97,6 +97,10 @@ def wording(spec: ModelSpec) -> Iterator[None]:
             f"model: `{name}` is neither a local folder nor found on the hub: {first_line(error)}"
             f"{did_you_mean(name, neighbours(name))}"
         ) from error
+    except KeyError as error:
+        raise UsageError(
+            f"model: `{name}` cannot be loaded: transformers does not know {error}, which the config names"
+        ) from error
     except Exception as error:  # whatever a model's code raises
         if out_of_memory(error):
             raise ActdumpError(
@@ -110,7 +114,5 @@ def first_line(error: Exception) -> str:
     """An error in a line; that of a config's field is in two."""
     if isinstance(error, StrictDataclassError):
         return " ".join(str(error).split())
-    if isinstance(error, KeyError):
-        return f"transformers does not know {error}, which the config names"
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if isinstance(error, _SENTENCES) else f"{type(error).__name__}: {line}"

@@ -56,10 +56,10 @@ class Source:
 
     @property
     def commit(self) -> str | None:
-        """The commit on the hub that the config came from."""
+        """The commit on the hub that the config came from, which a GGUF file holds itself."""
         if self.spec.source is None or self.spec.folder is not None:
             return None
-        cached = try_to_load_from_cache(self.spec.source, "config.json", revision=self.spec.revision)
+        cached = try_to_load_from_cache(self.spec.source, self.spec.gguf_file or "config.json", revision=self.spec.revision)
         found = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", str(cached))
         return found[1] if found else None
 

@@ -39,7 +39,7 @@ def load_tokenizer(spec: TokenizerSpec, source: Source) -> Any | None:
             if not folder.is_dir():
                 ask_once(name, source.spec.revision if spec.name is None else None)
             return AutoTokenizer.from_pretrained(str(folder if folder.is_dir() else name), **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # the library of tokenizers raises bare ones
         near = "" if folder.is_dir() else did_you_mean(name, neighbours(name))
         raise MissingError(f"tokenizer: none can be loaded from `{name}`: {first_line(error)}{near}") from error
 
@@ -150,10 +150,12 @@ def _check(prompt: Prompt, ids: Sequence[int], limit: int | None, vocabulary: in
         raise SpecError(f"{prompt.where}: an empty prompt: it has no tokens")
     if limit is not None and len(ids) > limit:
         whose = "tokenizer.max_length" if spec.max_length else "the model"
-        raise SpecError(
-            f"{prompt.where}: prompt `{prompt.id}` has {len(ids)} tokens, and {whose} allows {limit}; shorten it, or cut what is too long "
-            "with `tokenizer: {truncation: true}`"
+        remedy = (
+            "which leaves no room for the special tokens of the tokenizer; allow more"
+            if spec.truncation
+            else "shorten it, or cut what is too long with `tokenizer: {truncation: true}`"
         )
+        raise SpecError(f"{prompt.where}: prompt `{prompt.id}` has {len(ids)} tokens, and {whose} allows {limit}; {remedy}")
     if not 0 <= min(ids) <= max(ids) < vocabulary:
         wrong = min(ids) if min(ids) < 0 else max(ids)
         raise SpecError(
