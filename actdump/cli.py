@@ -39,7 +39,7 @@ Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", he
 Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N prompts only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 LogJson = Annotated[bool, typer.Option("--log-json", help="Write progress, warnings and errors as JSON lines.")]
-Output = Annotated[
+OutputFolder = Annotated[
     str | None, typer.Option("-o", "--output", help="The folder to write, instead of the spec's.", show_default=False)
 ]
 
@@ -130,7 +130,7 @@ def _root(spec: "Spec", output: str | None) -> Path:
 @app.command()
 def run(
     spec: SpecFile,
-    output: Output = None,
+    output: OutputFolder = None,
     sets: Sets = None,
     limit: Limit = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, show what would be done, write nothing.")] = False,
@@ -213,7 +213,7 @@ def _run(
 
 
 @app.command()
-def check(spec: SpecFile, output: Output = None, sets: Sets = None, limit: Limit = None, as_json: Json = False) -> None:
+def check(spec: SpecFile, output: OutputFolder = None, sets: Sets = None, limit: Limit = None, as_json: Json = False) -> None:
     """Show what a run would keep. Every tap's module, axes and exact bytes; parts, batches, padding; disk space."""
     with _quitting():
         loaded = _load(spec, sets, limit)
@@ -241,7 +241,7 @@ def _show_forecast(spec: "Spec", root: Path | None, as_json: bool, quiet: bool) 
 
 
 @app.command()
-def explain(spec: SpecFile, output: Output = None, sets: Sets = None, limit: Limit = None, as_json: Json = False) -> None:
+def explain(spec: SpecFile, output: OutputFolder = None, sets: Sets = None, limit: Limit = None, as_json: Json = False) -> None:
     """Say what a run would find in its folder. Nothing yet, its own dump, or another one and what differs."""
     with _quitting():
         from actdump import console, job, views
@@ -261,7 +261,7 @@ def explain(spec: SpecFile, output: Output = None, sets: Sets = None, limit: Lim
 def status(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a dump.", show_default=False)], as_json: Json = False
 ) -> None:
-    """Say how far a dump is. Parts done, in hand and missing; exit code 0 only when it is complete, and 75 before."""
+    """Say how far a dump is. Parts done, in hand and missing; exit code 0 when it is complete, 75 before, and 65 when it is damaged."""
     with _quitting():
         from actdump import console, store, views
         from actdump.format import Folder
@@ -272,7 +272,7 @@ def status(
         else:
             views.show(views.facts_table(views.status_facts(found)))
         if not found.complete:
-            raise typer.Exit(Stopped.code)
+            raise typer.Exit(DataError.code if found.sealed else Stopped.code)
 
 
 @app.command()
@@ -385,7 +385,7 @@ def sbatch(
     array: Annotated[int | None, typer.Option(min=1, help="Share the work among so many tasks.", show_default=False)] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="How many each task gets.", show_default=False)] = None,
     requeue: Annotated[bool, typer.Option("--requeue", help="Queue again what the time limit stopped.")] = False,
-    output: Output = None,
+    output: OutputFolder = None,
     sets: Sets = None,
     limit: Limit = None,
     log_json: LogJson = False,

@@ -138,6 +138,7 @@ class Bar:
 
     def planned(self, plan: "Plan", done: "Sequence[Part]") -> None:
         finished, tokens, written = (sum(getattr(part, name) for part in done) for name in ("prompts", "tokens", "bytes"))
+        self.prompts = self.tokens = 0
         self.total, self.all_tokens, self.bytes = plan.prompts - finished, plan.tokens - tokens, plan.bytes - written
         self.began = self.said = monotonic()
         self.progress.update(self.task, description="capturing", total=plan.prompts, completed=finished)

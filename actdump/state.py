@@ -42,11 +42,10 @@ class State:
         """Give back what forwards changed; whether they had changed anything."""
         if self._look.same and all(table.untouched for table in self._tables):
             return False  # of most models, after every forward
-        kept = (*self._dictionaries, *self._containers, *self._tables)
-        changed = True in [each.restored() for each in kept]  # of all of them, whatever the first says
-        if not changed:  # what made the look doubt will be there next time
+        restored = [each.restored() for kept in (self._dictionaries, self._containers, self._tables) for each in kept]
+        if not any(restored):  # what made the look doubt will be there next time
             self._look = _Look(self._dictionaries, self._containers)
-        return changed
+        return any(restored)
 
 
 class _Look:

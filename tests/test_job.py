@@ -633,7 +633,7 @@ TAKE_IN = """
 import json, resource, sys
 from pathlib import Path
 from actdump import model, plan, prompts, spec, store
-from actdump.format import Folder, plan_to_json
+from actdump.format import Folder
 
 root = Path(sys.argv[1])
 source = model.find(spec.ModelSpec(config={"model_type": "gpt2"}))
@@ -652,7 +652,7 @@ for count in (2_000, 200_000):
         parts = plan.parts([column], intake.lengths, most_bytes=10**9, most_tokens=262_144, most_shards=4)
         intake.place([shard for part in parts for shard in part.shards])
         made = plan.make({}, [column], parts, plan.Budget(512))
-        intake.commit(made, {}, plan_to_json)
+        intake.commit(made, {})
     assert made.prompts == count
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

@@ -323,7 +323,7 @@ def test_status_counts_parts_done_and_missing():
     assert "all parts are done" in actdump("status", "out", code=75).stdout
     assert run() == "done"
     Path("out/shards/00001.json").write_text("")
-    said = actdump("status", "out", code=75).stdout
+    said = actdump("status", "out", code=65).stdout
     for words in ("damaged", "--repair", "4 of 6", "1: 1"):
         assert words in said
     Path("out/plan.json").unlink()

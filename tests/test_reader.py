@@ -74,7 +74,7 @@ def test_there_are_several_shards(dump):
 
 def test_a_tap_answers_to_its_name_and_its_address_written_or_resolved(dump):
     assert dump.names == list(dump) == list(SAVE)
-    assert len(dump) == 7
+    assert len(dump) == len(SAVE) and len(dump.prompts) == 7
     for name, spellings in {
         "last block": ["transformer.h[-1].output[0]", "transformer.h[1].output[0]"],
         "ends": ["transformer.h.0.mlp.output", "transformer.h[0].mlp.output"],
@@ -98,7 +98,7 @@ def test_an_address_of_two_taps_names_neither(tmp_path):
     save = {"one": {"address": address, "tokens": "last"}, "two": {"address": address, "tokens": "first"}}
     dump = actdump.open(make_dump(tmp_path / "out", save=save))
     assert dump["one"][4].shape == dump["two"][4].shape == (16,)
-    with pytest.raises(UsageError, match="no tap"):
+    with pytest.raises(UsageError, match="several taps are at"):
         dump[address]
 
 
@@ -293,7 +293,7 @@ def test_a_row_knows_its_prompt(name, dump):
     for row in range(len(values.rows)):
         number, place = values.rows.where(row)
         assert torch.equal(values[number].reshape(-1, *values.rows.shape[1:])[place], values.rows[row])
-    assert values.rows.where(-1)[0] == len(dump) - 1
+    assert values.rows.where(-1)[0] == len(dump.prompts) - 1
 
 
 def test_in_says_what_indexing_finds(dump):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from actdump import store
 from actdump.errors import DataError, OccupiedError, StorageError
-from actdump.format import Folder, plan_from_json, plan_to_json, shard_layout, temporary
+from actdump.format import Folder, plan_from_json, shard_layout, temporary
 from actdump.plan import Budget, Column, Layout, Part, Slice, Span, make, parts, prompt_bytes
 from actdump.prompts import Prompt
 from actdump.statistics import Statistics
@@ -81,7 +81,7 @@ def take_in(folder, most_tokens=100, most_bytes=10**6):
         cut = parts(COLUMNS, intake.lengths, most_bytes=most_bytes, most_tokens=most_tokens, most_shards=4)
         intake.place(shard for part in cut for shard in part.shards)
         plan = make(intake.facts, COLUMNS, cut, Budget(8))
-        intake.commit(plan, {"prompts": [1, 2]}, plan_to_json)
+        intake.commit(plan, {"prompts": [1, 2]})
     return plan
 
 
@@ -389,7 +389,7 @@ def test_a_line_holds_what_the_user_gave_and_token_ids_stand_in_the_shard(folder
         intake.add(given, [[1], [1, 2], [3]])
         cut = parts(COLUMNS, intake.lengths, most_bytes=10**6, most_tokens=2, most_shards=4)
         intake.place(shard for part in cut for shard in part.shards)
-        intake.commit(None, {}, plan_to_json)
+        intake.commit(None, {})
     assert list(map(json.loads, folder.prompts.read_text().splitlines())) == [
         {"number": 0, "id": "p0", "tokens": 1, "shard": 0, "messages": messages},
         {"number": 1, "id": "p1", "tokens": 2, "shard": 1, "fields": {"source": {"deep": [None, 0.5]}}},

@@ -434,7 +434,7 @@ def assert_bytes_are_those_of_safetensors_alone(dump):
                     value = dump[name][shard.first + place]
                     assert torch.equal(value, rows[offsets[place] : offsets[place + 1]].reshape(value.shape))
             numbers += range(shard.first, shard.first + shard.prompts)
-    assert numbers == list(range(len(dump)))
+    assert numbers == list(range(len(dump.prompts)))
 
 
 def test_real_weights_in_bfloat16(tmp_path, record_property):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from actdump import store
 from actdump.errors import DataError, OccupiedError, SpecError, UsageError
-from actdump.format import VERSION, plan_to_json
+from actdump.format import VERSION
 from actdump.job.bound import Bound, bind, bind_early, budget_for
 from actdump.job.feeding import cut, tokenised, tokenizer_for
 from actdump.job.repair import look_over
@@ -195,7 +195,7 @@ def take_in(
                 )
             store.check_space(folder, sum(part.bytes for part in plan.parts) - store.taken(folder))
             store.clear(folder, plan)
-        intake.commit(plan if found is None else None, job.sources.stamps, plan_to_json)
+        intake.commit(plan if found is None else None, job.sources.stamps)
     return plan, bound
 
 

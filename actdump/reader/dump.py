@@ -68,25 +68,30 @@ class Dump:
         """The values of a tap, by the user's name, the address as written, or the resolved address.
 
         Raises:
-            UsageError: there is no such tap.
+            UsageError: there is no such tap, or there are several at the address.
         """
-        if (column := self._column(name)) is None:
-            raise UsageError(f"{self.folder.root}: there is no tap `{name}`{did_you_mean(str(name), self.names)}")
-        return Values(self, column)
+        found = self._columns(name)
+        if len(found) == 1:
+            return Values(self, found[0])
+        if found:
+            names = ", ".join(f"`{column.name}`" for column in found)
+            raise UsageError(f"{self.folder.root}: several taps are at `{name}`: {names}; name one of them")
+        raise UsageError(f"{self.folder.root}: there is no tap `{name}`{did_you_mean(str(name), self.names)}")
 
     def __contains__(self, name: object) -> bool:
         """Whether `dump[name]` is there."""
-        return self._column(name) is not None
+        return len(self._columns(name)) == 1
 
-    def _column(self, name: object) -> Column | None:
-        for spelling in ("name", "resolved", "address"):
-            found = [column for column in self.manifest.columns if getattr(column, spelling) == name]
-            if len(found) == 1:
-                return found[0]
-        return None
+    def _columns(self, name: object) -> list[Column]:
+        spellings = (
+            [column for column in self.manifest.columns if getattr(column, spelling) == name]
+            for spelling in ("name", "resolved", "address")
+        )
+        return min(filter(None, spellings), key=len, default=[])
 
     def __len__(self) -> int:
-        return self.manifest.prompts
+        """The number of taps, as `iter` gives them."""
+        return len(self.names)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For another process, as of a data loader, which maps the shards for itself."""
@@ -96,9 +101,8 @@ class Dump:
         return iter(self.names)
 
     def __repr__(self) -> str:
-        return (
-            f"Dump({str(self.folder.root)!r}: {len(self)} prompts, {self.manifest.tokens} tokens, taps {', '.join(self.names)})"
-        )
+        held = f"{self.manifest.prompts} prompts, {self.manifest.tokens} tokens, taps {', '.join(self.names)}"
+        return f"Dump({str(self.folder.root)!r}: {held})"
 
     def shard_of(self, number: int) -> OpenShard:
         """The shard that holds a prompt, opened."""

@@ -24,6 +24,7 @@ def prompt_number(key: SupportsIndex | str, dump: "Dump") -> int:
     if not is_number(key):
         raise TypeError(f"prompts are taken by a number, an id or a slice, not by {type(key).__name__}")
     key = index(key)
-    if not -len(dump) <= key < len(dump):
-        raise IndexError(f'there is no prompt {key}; the dump has {len(dump)}, from 0 (an id is text: "{key}")')
-    return key % len(dump)
+    count = dump.manifest.prompts
+    if not -count <= key < count:
+        raise IndexError(f'there is no prompt {key}; the dump has {count}, from 0 (an id is text: "{key}")')
+    return key % count

@@ -40,7 +40,7 @@ class Prompts:
         self.dump = dump
 
     def __len__(self) -> int:
-        return len(self.dump)
+        return self.dump.manifest.prompts
 
     def _file(self) -> BinaryIO:
         path = self.dump.folder.prompts

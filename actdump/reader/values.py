@@ -24,7 +24,7 @@ class Values:
         self.column = column
 
     def __len__(self) -> int:
-        return len(self.dump)
+        return self.dump.manifest.prompts
 
     @overload
     def __getitem__(self, key: SupportsIndex | str) -> "torch.Tensor": ...

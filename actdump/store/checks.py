@@ -78,6 +78,9 @@ def check_space(folder: Folder, needed: int) -> None:
 
 def taken(folder: Folder) -> int:
     """How many bytes the parts of a dump take, which a new plan either keeps or makes room of; none where they are linked elsewhere."""
-    paths = folder.shards.iterdir() if folder.shards.is_dir() else ()
-    found = (path.stat() for path in paths if folder.written_by_us(path))
-    return sum(status.st_blocks * 512 for status in found if status.st_nlink == 1)
+    size = 0
+    for path in folder.shards.iterdir() if folder.shards.is_dir() else ():
+        with suppress(FileNotFoundError):  # another run is at work, and it has its final name now
+            status = path.stat()
+            size += status.st_blocks * 512 if folder.written_by_us(path) and status.st_nlink == 1 else 0
+    return size

@@ -3,14 +3,14 @@
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from actdump.format import Folder, temporary
+from actdump.format import Folder, plan_to_json, temporary
 from actdump.plan import Part, Plan, Span
 from actdump.prompts import Prompt
 from actdump.store.files import flush_folder, storage, to_json, write_atomically
@@ -80,14 +80,14 @@ class Intake:
         lines = {"bytes": self.lines_bytes, "sha256": self.lines_hash.hexdigest()}
         return {"tokens": self.tokens_hash.hexdigest(), "prompts": lines}
 
-    def commit(self, plan: Plan | None, stamps: Mapping[str, Any], as_json: Callable[[Plan], dict[str, Any]]) -> None:
+    def commit(self, plan: Plan | None, stamps: Mapping[str, Any]) -> None:
         """Write the plan (`None`: it is there already), then give tokens and prompts their names."""
         with storage(self.folder.root):
             for file in (self.tokens, self.lines):
                 file.flush()
                 os.fsync(file.fileno())
         if plan is not None:
-            write_atomically(self.folder.plan, to_json({**as_json(plan), "stamps": stamps}))
+            write_atomically(self.folder.plan, to_json({**plan_to_json(plan), "stamps": stamps}))
         with storage(self.folder.root):
             for final in (self.folder.tokens, self.folder.prompts):
                 os.replace(temporary(final, me()), final)

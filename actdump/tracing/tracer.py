@@ -84,7 +84,6 @@ class _Forward:
     kwargs: Mapping[str, Any]
     kind: object
     tokens: int = 0
-    state: State | None = None
 
 
 _Prompts = list[Sequence[int]]
@@ -114,7 +113,7 @@ def work(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Forw
     if isinstance(given, list | tuple) and not all(map(_is_number, given)):
         return [_ids(traced, feed, prompt, f"prompt {number}") for number, prompt in enumerate(given)]
     ids = torch.tensor([_ids(traced, feed, given, "the prompt")], device="cpu")
-    return _Forward((), feed.arguments(ids, None), "prompt", ids.numel(), feed.state)
+    return _Forward((), feed.arguments(ids, None), "prompt", ids.numel())
 
 
 def _is_number(entry: object) -> bool:
@@ -206,11 +205,14 @@ def _run_whole(traced: Traced, forward: _Forward, taps: Sequence[Tap]) -> list[A
     counts = [traced.calls.setdefault((tap.address.module, forward.kind), {}) for tap in taps]
     known = [_calls(each, forward.tokens) if forward.kind is not None else None for each in counts]
     counted = [replace(site, calls=calls) for site, calls in zip(sites, known, strict=True)]
+    state = (
+        State(traced.module) if forward.kind == "prompt" else None
+    )  # whoever gives arguments of its own may keep something in it
     try:
         kept, seen = capture_whole(traced.module, counted, forward.args, forward.kwargs)
     finally:
-        if forward.state is not None:
-            forward.state.restored()
+        if state is not None:
+            state.restored()
     for each, before, calls in zip(counts, known, seen, strict=True):
         if calls != before:
             each[forward.tokens] = calls
