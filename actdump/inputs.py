@@ -14,7 +14,9 @@ from actdump.errors import DataError, MissingError, UsageError
 from actdump.spec import ModelSpec, Spec, path_of
 
 # What a model folder consists of; the rest (README, optimizer states, logs) decides no activation.
-_MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py", ".tiktoken")
+_MODEL_SUFFIXES = (
+    ".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py", ".tiktoken", ".spm", ".codes", ".tokenizer",
+)  # fmt: skip
 _NOT_MODEL = ("optimizer", "scheduler", "training_args", "trainer_state", "rng_state", "README")
 
 Stamps = Mapping[str, list[int]]  # size and modification time (ns) of each file, by the part that it plays

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from actdump.errors import MissingError, SpecError, few
-from actdump.spec import PromptsSpec, Row, path_of, said
+from actdump.spec import PromptsSpec, Row, complaints, path_of
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,8 @@ def _checked(value: dict[str, Any], where: str) -> _Found:
     try:
         return _found(Row.model_validate(value), where)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise SpecError(f"{where}: {said(first, first['loc'])}") from None
+        first, *_ = next(iter(complaints(error, value).values()))
+        raise SpecError(f"{where}: {first}") from None
 
 
 def _found(row: Row, where: str) -> _Found:

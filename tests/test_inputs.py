@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from actdump.inputs import Inputs, sha256
+from actdump.inputs import Inputs, of_model, sha256
+from actdump.spec import model_spec
 
 
 def test_hashes_are_those_of_the_whole_files(tmp_path):
@@ -25,3 +26,10 @@ def test_hashing_is_given_up_where_the_block_fails(tmp_path):
     with pytest.raises(KeyError), Inputs({"model": path}).hashing() as hashes:
         raise KeyError
     assert hashes()["model"] != sha256(path)
+
+
+def test_every_file_that_a_tokenizer_or_a_model_may_be_read_from_counts(tmp_path):
+    counted = ["bpe.codes", "config.json", "model.safetensors", "prophetnet.tokenizer", "source.spm", "vocab.txt"]
+    for name in [*counted, "optimizer.bin", "training_args.bin", "README.md", "picture.png"]:
+        (tmp_path / name).touch()
+    assert sorted(path.name for path in of_model(model_spec(str(tmp_path), {})).files.values()) == counted

@@ -187,6 +187,22 @@ SPECS = {
     "no environment": (GOOD.replace(": out", ": ${NOWHERE_SET}/out"), ["spec.yaml:7: ${NOWHERE_SET} is not set", ":-"]),
     "bad selection": (GOOD + "tokens: lats\n", ["spec.yaml:8: tokens: ", "lats", "last"]),
     "bad address": (GOOD.replace("h[-1].output[0]", "h[x].output"), ["spec.yaml:6: save: ", "at character"]),
+    "number of another kind as id": (
+        GOOD.replace("input_ids: [4, 5]", "{id: 1.5, input_ids: [4, 5]}"),
+        ["spec.yaml:4: prompts.id: must be text or a whole number, not a number `1.5`"],
+    ),
+    "fields of a file beside a list": (
+        GOOD.replace("prompts:\n  - input_ids: [1, 2, 3]\n  - input_ids: [4, 5]", "prompts: {rows: [a], text: b, format: txt}"),
+        ["spec.yaml:2: prompts: `format`, `text` says how to read a file, and here is a list of prompts"],
+    ),
+    "two names": (
+        GOOD.replace("  - transformer.h[-1].output[0]", "  a: {name: b, address: transformer.wte.output}"),
+        ["spec.yaml:5: save: `a` is the name of one address, which its own `name: b` contradicts"],
+    ),
+    "a variable as shells have it": (
+        GOOD.replace(": out", ": ${WHERE-out}"),
+        ["spec.yaml:7: what begins with `${` is `${NAME}` or `${NAME:-default}`; `$${` stands for `${` itself"],
+    ),
     "taken name": (
         GOOD.replace("  - transformer.h[-1].output[0]", "  tokens: transformer.wte.output"),
         ["spec.yaml:5: ", "the name `tokens` is taken"],
@@ -210,6 +226,15 @@ def test_several_mistakes_are_told_once_each_and_in_order() -> None:
     said = run(SPECS["several"][0])
     lines = [int(line.split("spec.yaml:")[1].split(":")[0]) for line in said.err.splitlines()]
     assert lines == sorted(lines) == [3, 4, 6, 7, 8, 9, 10]
+
+
+def test_mistakes_in_listed_prompts_keep_their_lines_beside_a_limit() -> None:
+    Path("spec.yaml").write_text(GOOD.replace("input_ids: [1, 2, 3]", "{id: 1.5, text: a}").replace("input_ids: [4, 5]", "5"))
+    for more in ([], ["--limit", "2"], ["--set", "prompts.limit=2"]):
+        first, second = actdump("run", "spec.yaml", *more).err.splitlines()
+        assert "spec.yaml:3: prompts.id: must be text or a whole number" in first
+        assert "spec.yaml:4: prompts: a prompt is text or a mapping, not a number `5`" in second
+    assert nothing_left()
 
 
 def test_a_spec_that_is_not_there() -> None:
@@ -632,6 +657,10 @@ LINES = {
     "wrong ids": ('{"input_ids": [1, "x"]}\n', "p.jsonl:2: input_ids: must be a whole number, not text `x`"),
     "no tokens": ('{"input_ids": []}\n', "p.jsonl:2: an empty prompt"),
     "double id": ('{"id": "a", "input_ids": [2]}\n', "p.jsonl:2: the id `a` is given twice"),
+    "fraction as id": (
+        '{"id": 1.5, "input_ids": [2]}\n',
+        "p.jsonl:2: id: must be text or a whole number, not a number `1.5`",
+    ),
     "empty id": ('{"id": "", "input_ids": [2]}\n', "p.jsonl:2: the id is empty"),
     "not UTF-8": (b'{"id": "\xff", "input_ids": [2]}\n', "p.jsonl:2: not UTF-8"),
 }

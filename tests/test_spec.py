@@ -336,6 +336,23 @@ def test_anchors_and_merges(read) -> None:
     assert [(entry.address, entry.dtype) for entry in spec.save] == [("wte.output", "float16"), ("norm.output", "float16")]
 
 
+def test_a_merge_can_be_merged_and_named_again(read) -> None:
+    spec = read("""\
+        model: m
+        prompts: [text]
+        save:
+          - &one {address: wte.output, tokens: all}
+          - &two {<<: *one, tokens: last, name: n}
+          - {<<: *two, address: norm.output, name: m}
+        batch: &three {<<: {tokens: 8}, tokens: 9}
+        shard: *three
+    """)
+    assert [(entry.name, entry.address, entry.tokens) for entry in spec.save] == [
+        (None, "wte.output", "all"), ("n", "wte.output", "last"), ("m", "norm.output", "last"),
+    ]  # fmt: skip
+    assert (spec.batch.tokens, spec.shard.tokens) == (9, 9)
+
+
 # -------------------------------------------------------------------------------------------------------------------- the schema
 
 
@@ -393,3 +410,5 @@ def test_a_model_from_python() -> None:
     assert model_spec("m", {"dtype": "float32"}).dtype == "float32"
     with pytest.raises(UsageError, match=r"unknown key `model\.dtpye`; did you mean `dtype`"):
         model_spec("m", {"dtpye": "float32"})
+    with pytest.raises(UsageError, match=r"^model\.device_map: must be text or a mapping, not a list `\[0\]`$"):
+        model_spec("m", {"device_map": [0]})

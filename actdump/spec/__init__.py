@@ -14,7 +14,7 @@ from actdump.spec.models import (
     TokenizerSpec,
     path_of,
 )
-from actdump.spec.wording import said
+from actdump.spec.wording import complaints
 
 __all__ = [
     "LOCAL",
@@ -27,8 +27,8 @@ __all__ = [
     "Spec",
     "Task",
     "TokenizerSpec",
+    "complaints",
     "load",
     "model_spec",
     "path_of",
-    "said",
 ]

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from actdump.errors import MissingError, SpecError, UsageError
 from actdump.spec.models import ModelSpec, Spec, Where, kind_of
-from actdump.spec.wording import said, told
+from actdump.spec.wording import complaints
 
 
 def load(path: Path, sets: Sequence[str] = ()) -> Spec:
@@ -61,7 +61,7 @@ class _Document:
     def read(self, text: str) -> None:
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
-            self.data = {} if node is None else self._value(node, ())
+            self.data = {} if node is None else self._whole(node, ())
         except yaml.MarkedYAMLError as error:
             raise SpecError(self._syntax(error, text)) from None
         except yaml.YAMLError as error:
@@ -93,15 +93,22 @@ class _Document:
             message += "; YAML does not allow tabs for indentation"
         return message
 
-    def _value(self, node: Any, where: Where) -> Any:
-        self.lines[where] = self._line_of(node)
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, where)
-        if isinstance(node, yaml.SequenceNode):
-            return [self._value(entry, (*where, place)) for place, entry in enumerate(node.value)]
-        return self._scalar(node, where)
+    def _whole(self, root: Any, where: Where) -> Any:
+        """What a document holds; its keys are looked at before any mapping is merged into another."""
+        nodes, known = [root], set[int]()
+        while nodes:
+            node = nodes.pop()
+            if id(node) in known:
+                continue
+            known.add(id(node))
+            if isinstance(node, yaml.MappingNode):
+                self._check_keys(node)
+                nodes += [entry for _, entry in node.value]
+            elif isinstance(node, yaml.SequenceNode):
+                nodes += node.value
+        return self._value(root, where)
 
-    def _mapping(self, node: yaml.MappingNode, where: Where) -> dict[str, Any]:
+    def _check_keys(self, node: yaml.MappingNode) -> None:
         seen: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -111,6 +118,16 @@ class _Document:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 self._mistake(self._line_of(key), f"`{key.value}` is given twice, first on line {seen[key.value]}")
             seen[key.value] = key.start_mark.line + 1
+
+    def _value(self, node: Any, where: Where) -> Any:
+        self.lines[where] = self._line_of(node)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, where)
+        if isinstance(node, yaml.SequenceNode):
+            return [self._value(entry, (*where, place)) for place, entry in enumerate(node.value)]
+        return self._scalar(node, where)
+
+    def _mapping(self, node: yaml.MappingNode, where: Where) -> dict[str, Any]:
         yaml.constructor.SafeConstructor().flatten_mapping(node)
         mapping: dict[str, Any] = {}
         for key, entry in node.value:
@@ -133,6 +150,11 @@ class _Document:
         def value(found: re.Match[str]) -> str:
             if found[0].startswith("$$"):
                 return found[0][1:]
+            if found[1] is None:
+                self._mistake(
+                    self.lines[where], "what begins with `${` is `${NAME}` or `${NAME:-default}`; `$${` stands for `${` itself"
+                )
+                return found[0]
             given = self.environment.get(found[1])
             if given is None and found[2] is None:
                 self.unset.add(self.lines[where])
@@ -141,7 +163,7 @@ class _Document:
                 )
             return given if given else found[2] or ""
 
-        return re.sub(r"\$?\$\{(\w+)(?::-([^}]*))?\}", value, text)
+        return re.sub(r"\$?\$\{(?:(\w+)(?::-([^}]*))?\})?", value, text)
 
     def set(self, override: str) -> None:
         """Apply `key.path=value`."""
@@ -160,6 +182,9 @@ class _Document:
             and isinstance(self.data.get("prompts"), list)
         ):
             self.data["prompts"] = {"rows": self.data["prompts"]}
+            self.lines |= {
+                ("prompts", "rows", *place[1:]): line for place, line in self.lines.items() if place[:1] == ("prompts",)
+            }
         if where[0] == "save" and len(where) > 2 and isinstance(self._at(where[:2]), str):
             self.data["save"][where[1]] = {"address": self._at(where[:2])}
         place: Any = self.data
@@ -189,7 +214,7 @@ class _Document:
             return text
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
-            return None if node is None else self._value(node, where)
+            return None if node is None else self._whole(node, where)
         except yaml.constructor.ConstructorError as error:
             raise UsageError(f"{self.label}: {error.problem}") from None
         except yaml.YAMLError:
@@ -212,12 +237,9 @@ class _Document:
         try:
             spec = Spec.model_validate(self.data)
         except ValidationError as error:
-            found: dict[Where, list[Any]] = {}
-            for each in error.errors():
-                found.setdefault(self._place(each["loc"]), []).append(each)
-            for where, errors in found.items():
+            for where, texts in complaints(error, self.data).items():
                 if self._line(where) not in self.unset:  # what follows from a missing variable is no mistake of its own
-                    for text in told(errors, where):
+                    for text in texts:
                         self._mistake(self._lines(where), text)
         if self.mistakes or spec is None:
             ordered = sorted(self.mistakes, key=lambda mistake: self._order(mistake[0]))
@@ -232,21 +254,6 @@ class _Document:
 
     def _mistake(self, line: str, text: str) -> None:
         self.mistakes.append((line, text))
-
-    def _place(self, loc: Sequence[str | int]) -> Where:
-        """Where pydantic's location stands in the file: without the names of union members and of short forms lifted."""
-        where: Where = ()
-        data: Any = self.data
-        for key in loc:
-            if key == "rows" and isinstance(data, list):
-                continue
-            if where == ("save",) and isinstance(data, dict) and isinstance(key, int):
-                key = list(data)[key]
-            if isinstance(data, dict) and (key in data or key == loc[-1]):
-                where, data = (*where, key), data.get(str(key))
-            elif isinstance(data, list) and isinstance(key, int) and key < len(data):
-                where, data = (*where, key), data[key]
-        return where
 
     def _lines(self, where: Where) -> str:
         """The line of a value, and the overrides of its parts, any of which may be at fault."""
@@ -285,8 +292,9 @@ def model_spec(name: str | None, options: Mapping[str, Any]) -> ModelSpec:
     Raises:
         UsageError: an option is unknown or wrong.
     """
+    given = {"name": name, **options}
     try:
-        return ModelSpec.model_validate({"name": name, **options})
+        return ModelSpec.model_validate(given)
     except ValidationError as error:
-        lines = (said(each, ("model", *each["loc"])) for each in error.errors())
-        raise UsageError("\n".join(lines)) from None
+        texts = complaints(error, given, ("model",)).values()
+        raise UsageError("\n".join(text for each in texts for text in each)) from None

@@ -234,6 +234,8 @@ class PromptsSpec(_Strict):
             raise ValueError("needs a list of prompts or `file`, not both")
         if self.rows == []:
             raise ValueError("the list is empty")
+        if self.rows is not None and (about := {"format", "text", "id"} & self.model_fields_set):
+            raise ValueError(f"`{'`, `'.join(sorted(about))}` says how to read a file, and here is a list of prompts")
         if self.file is not None and self.kind is None:
             raise ValueError(
                 f"the name `{self.file}` does not end in .txt (a prompt a line) or .jsonl (a JSON object or text a line), and nothing "
@@ -292,6 +294,11 @@ def _save(value: Any) -> Any:
     if isinstance(value, Mapping):
         if several := next((name for name, entry in value.items() if isinstance(entry, list)), None):
             raise ValueError(f"`{several}` is the name of one address, not of a list; give each a name of its own")
+        for name, entry in value.items():
+            if isinstance(entry, Mapping) and entry.get("name", name) != name:
+                raise ValueError(
+                    f"`{name}` is the name of one address, which its own `name: {entry['name']}` contradicts; give it one"
+                )
         return [
             {"name": name, **(entry if isinstance(entry, Mapping) else {"address": entry})} for name, entry in value.items()
         ]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from actdump.errors import did_you_mean
 from actdump.spec.models import BatchSpec, ModelSpec, PromptsSpec, SaveSpec, ShardSpec, Spec, TokenizerSpec, Where, kind_of
@@ -12,18 +12,47 @@ _SECTIONS: dict[Where, type[BaseModel]] = {
     (): Spec, ("model",): ModelSpec, ("prompts",): PromptsSpec, ("tokenizer",): TokenizerSpec,
     ("batch",): BatchSpec, ("shard",): ShardSpec,
 }  # fmt: skip
+LISTED = "rows"  # where a list of prompts stands once it is lifted into a mapping; users write the list alone
 _EXPECTED = {
     "string_type": "text", "int_type": "a whole number", "bool_type": "true or false", "list_type": "a list",
     "dict_type": "a mapping", "model_type": "a mapping", "model_attributes_type": "a mapping",
 }  # fmt: skip
 
 
-def told(errors: Sequence[Any], where: Where) -> list[str]:
-    """Pydantic's complaints about one place; where it may be of several kinds, one sentence names them all."""
+def complaints(error: ValidationError, data: Any, within: Where = ()) -> dict[Where, list[str]]:
+    """Pydantic's complaints in our words, by the place that they are about.
+
+    Args:
+        data: what was looked at.
+        within: the part of a spec that it is.
+    """
+    found: dict[Where, list[Any]] = {}
+    for each in error.errors():
+        found.setdefault((*within, *_place(each["loc"], data)), []).append(each)
+    return {where: _told(errors, where) for where, errors in found.items()}
+
+
+def _place(loc: Sequence[str | int], data: Any) -> Where:
+    """Where pydantic's location stands in the data: without the names of union members and of short forms lifted."""
+    where: Where = ()
+    for key in loc:
+        if key == "rows" and isinstance(data, list):
+            continue
+        if where == ("save",) and isinstance(data, dict) and isinstance(key, int):
+            key = list(data)[key]
+        if isinstance(data, dict) and (key in data or key == loc[-1]):
+            where, data = (*where, key), data.get(str(key))
+        elif isinstance(data, list) and isinstance(key, int) and key < len(data):
+            where, data = (*where, key), data[key]
+    return where
+
+
+def _told(errors: Sequence[Any], where: Where) -> list[str]:
+    """Complaints about one place; where it may be of several kinds, one sentence names them all."""
     if len(errors) > 1 and all(error["type"] in _EXPECTED for error in errors):
         kinds = " or ".join(dict.fromkeys(_EXPECTED[error["type"]] for error in errors))
         return [_of_another_kind(errors[0], where, kinds)]
-    return [said(error, where) for error in errors]
+    return [_said(error, where) for error in errors]
 
 
 def _of_another_kind(error: Any, where: Where, kinds: str) -> str:
@@ -32,14 +61,14 @@ def _of_another_kind(error: Any, where: Where, kinds: str) -> str:
 
 
 def _keys(section: Where) -> list[str]:
-    return [name for name in _SECTIONS.get(section, SaveSpec).model_fields if name != "rows"]
+    return [name for name in _SECTIONS.get(section, SaveSpec).model_fields if name != LISTED]
 
 
 def _key(where: Where) -> str:
-    return ".".join(str(part) for part in where if isinstance(part, str)) or "the spec"
+    return ".".join(part for part in where if isinstance(part, str) and part != LISTED) or "the spec"
 
 
-def said(error: Any, where: Where) -> str:
+def _said(error: Any, where: Where) -> str:
     """One of pydantic's complaints in our words."""
     key, kind = _key(where), error["type"]
     if kind == "extra_forbidden":
