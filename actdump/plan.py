@@ -167,7 +167,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is decided before the first forward; the same for every machine and any number of workers.
+    """All that is decided before the first forward; the same for any number of workers, on every machine with this kind of device.
 
     Attributes:
         digest: sha256 of all that decides the bytes.

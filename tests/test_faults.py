@@ -324,7 +324,7 @@ def test_a_broken_plan_is_found_and_made_again_and_the_parts_are_kept(name, dump
 def test_another_dump_without_its_plan_is_not_repaired_but_refused(damage, dump):
     damage(dump / "plan.json")
     before = files(dump)
-    with pytest.raises(OccupiedError, match="holds another dump, whose plan is lost"):
+    with pytest.raises(OccupiedError, match="holds another dump, or one that was made on another kind of device"):
         job.run(many(tokens="last"), dump, repair=True)
     assert files(dump) == before
 

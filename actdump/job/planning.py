@@ -191,7 +191,8 @@ def take_in(
         if found is None:
             if job.repair and not job.overwrite and store.origins(folder) - {(VERSION, plan.digest)}:
                 raise OccupiedError(
-                    f"{folder.root} holds another dump, whose plan is lost; choose another output, or replace it with --overwrite"
+                    f"{folder.root} holds another dump, or one that was made on another kind of device, and its plan is lost; choose "
+                    "another output, or replace it with --overwrite"
                 )
             store.check_space(folder, sum(part.bytes for part in plan.parts) - store.taken(folder))
             store.clear(folder, plan)
