@@ -45,8 +45,9 @@ def measure(setting: Setting) -> Iterator[Figure]:
         "import and load": child.timed_python(IMPORT_AND_LOAD, str(FOLDER)),
         "until the first batch": lambda: _until_first_batch(spec, out),
     }
-    for side in sides.values():
-        side()  # once, so that the files are in the page cache
+    if not setting.quick:
+        for side in sides.values():
+            side()  # once, so that the files are in the page cache
     taken = in_turns(sides, setting.rounds)
     yield ratio(
         "until the first batch / import and load", taken, "until the first batch", "import and load", Goal("at most", 1.15)
