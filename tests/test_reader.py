@@ -102,6 +102,12 @@ def test_an_address_of_two_taps_names_neither(tmp_path):
         dump[address]
 
 
+def test_statistics_stand_in_the_order_of_the_taps(tmp_path):
+    save = {"late": "transformer.h[1].output", "early": "transformer.h[0].output", "inner": "transformer.h[0].mlp.output"}
+    dump = actdump.open(make_dump(tmp_path / "out", save=save))
+    assert list(dump.manifest.statistics) == list(dump) == list(save)
+
+
 # ---------------------------------------------------------------------------------------------------------------- prompts
 
 

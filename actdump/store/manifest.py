@@ -17,7 +17,8 @@ def gathered(folder: Folder, plan: Plan) -> Manifest | None:
         return None
     size = sum(shard.bytes for shard in found)
     firsts = [found[part.shards[0].number] for part in plan.parts]
-    statistics = {name: merged([shard.statistics[name] for shard in firsts]) for name in firsts[0].statistics}
+    measured = [column.name for column in plan.columns if column.name in firsts[0].statistics]
+    statistics = {name: merged([shard.statistics[name] for shard in firsts]) for name in measured}
     bare = tuple(replace(shard, statistics={}, written={}) for shard in found)
     return Manifest(plan.digest, plan.columns, bare, plan.prompts, plan.tokens, size, statistics, plan.facts, {})
 
