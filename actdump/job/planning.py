@@ -165,11 +165,10 @@ def take_in(
     bound: Bound | None,
 ) -> tuple[Plan, Bound]:
     """Tokenise all prompts, load the model, and write plan, tokens and prompts; with a plan found, only what is missing."""
-    folder = job.folder
     with uncollected():
         tokenizer = tokenizer_for(job.spec, source, job.watcher)
     job.watcher.step("tokenising")
-    with store.Intake(folder) as intake:
+    with store.Intake(job.folder) as intake:
         for prompts, ids in tokenised(job.spec, source, tokenizer, job.stdin):
             job.check_stop()
             intake.add(prompts, ids)
@@ -186,18 +185,28 @@ def take_in(
         # How the model is run may be another here (the mask, the attention kernel); a plan that is there stays.
         if plan.shards != shards or _taken_in(plan.facts) != _taken_in(facts):
             raise DataError(
-                f"{folder.root}: the prompts' tokens are not those of the plan in the folder; use the versions that made it"
+                f"{job.folder.root}: the prompts' tokens are not those of the plan in the folder; use the versions that made it"
             )
         if found is None:
-            if job.repair and not job.overwrite and store.origins(folder) - {(VERSION, plan.digest)}:
-                raise OccupiedError(
-                    f"{folder.root} holds another dump, or one that was made on another kind of device, and its plan is lost; choose "
-                    "another output, or replace it with --overwrite"
-                )
-            store.check_space(folder, sum(part.bytes for part in plan.parts) - store.taken(folder))
-            store.clear(folder, plan)
+            _make_room(job, plan)
         intake.commit(plan if found is None else None, job.sources.stamps)
     return plan, bound
+
+
+def _make_room(job: Job, plan: Plan) -> None:
+    """Remove from the folder what a new plan does not keep.
+
+    Raises:
+        OccupiedError: a broken plan is to be made again, and what is there was made by another one.
+    """
+    folder = job.folder
+    if job.repair and not job.overwrite and store.origins(folder) - {(VERSION, plan.digest)}:
+        raise OccupiedError(
+            f"{folder.root} holds another dump, or one that was made on another kind of device, and its plan is lost; choose another "
+            "output, or replace it with --overwrite"
+        )
+    store.check_space(folder, sum(part.bytes for part in plan.parts) - store.taken(folder))
+    store.clear(folder, plan)
 
 
 def _try_longest(bound: Bound, tokens: int) -> None:
