@@ -35,7 +35,7 @@ def measure(setting: Setting) -> Iterator[Figure]:
         attentions = {kernel: _forwards(base, prompts, auto, _lanes(threads)) for kernel, base in kernels.items()}
         yield from _choice(setting, prompts, f"{dtype}, budget", auto, budgets)
         yield from _choice(setting, prompts, f"{dtype}, threads", threads, counts)
-        yield from _choice(setting, prompts, f"{dtype}, forwards side by side", max(lanes), lanes)
+        yield from _choice(setting, prompts, f"{dtype}, forwards side by side", _lanes(threads), lanes)
         yield from _choice(setting, prompts, f"{dtype}, attention", "sdpa", attentions)
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from benchmarks import child
 from benchmarks.rounds import Figure, Goal, Run, in_turns, ratio, seconds
 from benchmarks.setting import Setting, say
-
-FOLDER = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
+from benchmarks.subject import FOLDER
 
 # The real command, ended where the first batch begins: that is when a run tells its plan.
 UNTIL_FIRST_BATCH = """

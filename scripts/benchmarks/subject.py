@@ -2,15 +2,14 @@
 
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from actdump import model
 from actdump.spec import ModelSpec
+from benchmarks.setting import ROOT
 
-ROOT = Path(__file__).parents[2]
 NAME = "SmolLM2-135M-Instruct"
 FOLDER = ROOT / "models" / NAME
 
