@@ -193,7 +193,7 @@ SPECS = {
     ),
     "fields of a file beside a list": (
         GOOD.replace("prompts:\n  - input_ids: [1, 2, 3]\n  - input_ids: [4, 5]", "prompts: {rows: [a], text: b, format: txt}"),
-        ["spec.yaml:2: prompts: `format`, `text` says how to read a file, and here is a list of prompts"],
+        ["spec.yaml:2: prompts: only a file has `format` and `text`, and here is a list of prompts"],
     ),
     "two names": (
         GOOD.replace("  - transformer.h[-1].output[0]", "  a: {name: b, address: transformer.wte.output}"),

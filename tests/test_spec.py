@@ -163,6 +163,10 @@ def test_a_number_from_the_environment_is_a_number(read, monkeypatch: pytest.Mon
     assert spec.shard.tokens == 17
 
 
+def test_a_doubled_dollar_stands_for_itself(read) -> None:
+    assert read(SHORT.replace("out/eiffel", "'$${HOME}-$${-$5'")).output == "${HOME}-${-$5"
+
+
 def test_prompts_in_the_spec_are_left_as_they_are(read, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME_OF", "x")
     spec = read(SHORT.replace("The Eiffel Tower is in the city of", "echo ${HOME_OF} ${UNSET_THING} costs $5"))

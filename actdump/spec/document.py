@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from actdump.errors import MissingError, SpecError, UsageError
 from actdump.spec.models import ModelSpec, Spec, Where, kind_of
-from actdump.spec.wording import complaints
+from actdump.spec.wording import LISTED, complaints
 
 
 def load(path: Path, sets: Sequence[str] = ()) -> Spec:
@@ -181,9 +181,9 @@ class _Document:
             and isinstance(where[1], str)
             and isinstance(self.data.get("prompts"), list)
         ):
-            self.data["prompts"] = {"rows": self.data["prompts"]}
+            self.data["prompts"] = {LISTED: self.data["prompts"]}
             self.lines |= {
-                ("prompts", "rows", *place[1:]): line for place, line in self.lines.items() if place[:1] == ("prompts",)
+                ("prompts", LISTED, *place[1:]): line for place, line in self.lines.items() if place[:1] == ("prompts",)
             }
         if where[0] == "save" and len(where) > 2 and isinstance(self._at(where[:2]), str):
             self.data["save"][where[1]] = {"address": self._at(where[:2])}

@@ -235,7 +235,7 @@ class PromptsSpec(_Strict):
         if self.rows == []:
             raise ValueError("the list is empty")
         if self.rows is not None and (about := {"format", "text", "id"} & self.model_fields_set):
-            raise ValueError(f"`{'`, `'.join(sorted(about))}` says how to read a file, and here is a list of prompts")
+            raise ValueError(f"only a file has `{'` and `'.join(sorted(about))}`, and here is a list of prompts")
         if self.file is not None and self.kind is None:
             raise ValueError(
                 f"the name `{self.file}` does not end in .txt (a prompt a line) or .jsonl (a JSON object or text a line), and nothing "

@@ -36,7 +36,7 @@ def _place(loc: Sequence[str | int], data: Any) -> Where:
     """Where pydantic's location stands in the data: without the names of union members and of short forms lifted."""
     where: Where = ()
     for key in loc:
-        if key == "rows" and isinstance(data, list):
+        if key == LISTED and isinstance(data, list):
             continue
         if where == ("save",) and isinstance(data, dict) and isinstance(key, int):
             key = list(data)[key]

@@ -205,9 +205,8 @@ def _run_whole(traced: Traced, forward: _Forward, taps: Sequence[Tap]) -> list[A
     counts = [traced.calls.setdefault((tap.address.module, forward.kind), {}) for tap in taps]
     known = [_calls(each, forward.tokens) if forward.kind is not None else None for each in counts]
     counted = [replace(site, calls=calls) for site, calls in zip(sites, known, strict=True)]
-    state = (
-        State(traced.module) if forward.kind == "prompt" else None
-    )  # whoever gives arguments of its own may keep something in it
+    # Whoever gives arguments of their own may want the model to keep something.
+    state = State(traced.module) if forward.kind == "prompt" else None
     try:
         kept, seen = capture_whole(traced.module, counted, forward.args, forward.kwargs)
     finally:
