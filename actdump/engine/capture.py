@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from actdump.engine.hooks import Stop, Unfit, described, hooked, read, tensor_index, times
+from actdump.engine.hooks import Hooks, Stop, Unfit, described, read, tensor_index, times
 from actdump.engine.measure import measure
 from actdump.engine.padded import Padded, positions
 from actdump.engine.rows import Rows
@@ -76,7 +76,7 @@ def _ran(model: nn.Module, feed: Feed, catch: "_Catch") -> bool:
         return False
     arguments = feed.arguments(*catch.padded.tensors(feed))
     try:
-        with hooked(catch.sites, catch.seen):
+        with Hooks(catch.sites, catch.seen):
             model(**arguments)
     except Stop:
         pass

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from actdump.address import parse
 from actdump.engine.axes import ALONE, TOGETHER
 from actdump.engine.capture import stream
-from actdump.engine.hooks import Stop, copied, hooked
+from actdump.engine.hooks import Hooks, Stop, copied
 from actdump.engine.site import Feed, Site, bind
 from actdump.errors import UsageError
 from actdump.memory import memory_for, reworded
@@ -64,7 +64,7 @@ def observe(
             if not missing:
                 raise Stop
 
-    with torch.no_grad(), hooked(sites, keep), _worded(model, ids.numel()):
+    with torch.no_grad(), Hooks(sites, keep), _worded(model, ids.numel()):
         try:
             model(**feed.arguments(ids, mask))
         except Stop:

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from actdump.address import Index, Nth, written
-from actdump.engine.hooks import Stop, Unfit, copied, hooked, not_a_tensor, read, tensor_index, which_call
+from actdump.engine.hooks import Hooks, Stop, Unfit, copied, not_a_tensor, read, tensor_index, which_call
 from actdump.engine.site import Site
 from actdump.errors import AddressError
 from actdump.tap import Tap
@@ -42,7 +42,7 @@ def capture_whole(
         if known and all(kept):
             raise Stop
 
-    with suppress(Stop), hooked(sites, seen):
+    with suppress(Stop), Hooks(sites, seen):
         model(*args, **kwargs)
     if known and not all(kept):  # a module ran less often than it did before: count again
         return capture_whole(model, [replace(site, calls=None) for site in sites], args, kwargs)
