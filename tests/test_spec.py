@@ -225,6 +225,11 @@ def test_a_later_override_wins(read) -> None:
     assert read(SHORT, "output=a", "output=b").output == "b"
 
 
+def test_a_prompt_of_a_list_is_overridden_before_and_after_the_limit(read) -> None:
+    for sets in (["prompts.limit=1", "prompts.0=other"], ["prompts.0=other", "prompts.limit=1"]):
+        assert [row.text for row in read(SHORT, *sets).prompts.rows] == ["other"], sets
+
+
 def test_an_override_of_a_named_tap(read) -> None:
     text = SHORT.replace("  - model.layers[-1].output[0]", "  last: model.layers[-1].output[0]")
     spec = read(text, "save.last.dtype=float16")

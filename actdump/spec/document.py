@@ -47,6 +47,7 @@ class _Document:
 
     Attributes:
         label: what stands for the line of values from the command line, while they are read.
+        unclear: the lines of values whose variables are missing or misspelled.
     """
 
     name: str
@@ -55,7 +56,7 @@ class _Document:
     data: Any = None
     lines: dict[Where, str] = field(default_factory=dict)
     mistakes: list[tuple[str, str]] = field(default_factory=list)
-    unset: set[str] = field(default_factory=set)
+    unclear: set[str] = field(default_factory=set)
     overridden: list[Where] = field(default_factory=list)
 
     def read(self, text: str) -> None:
@@ -151,13 +152,14 @@ class _Document:
             if found[0].startswith("$$"):
                 return found[0][1:]
             if found[1] is None:
+                self.unclear.add(self.lines[where])
                 self._mistake(
                     self.lines[where], "what begins with `${` is `${NAME}` or `${NAME:-default}`; `$${` stands for `${` itself"
                 )
                 return found[0]
             given = self.environment.get(found[1])
             if given is None and found[2] is None:
-                self.unset.add(self.lines[where])
+                self.unclear.add(self.lines[where])
                 self._mistake(
                     self.lines[where], f"${{{found[1]}}} is not set in the environment; give a default with ${{{found[1]}:-…}}"
                 )
@@ -173,20 +175,7 @@ class _Document:
         self.label = f"--set {path}"
         where: Where = tuple(int(key) if key.isdecimal() else key for key in path.split("."))
         value = self._given(text, where)
-        if where[0] in ("model", "tokenizer") and len(where) > 1 and isinstance(named := self.data.get(where[0]), str):
-            self.data[where[0]] = {"name": named}
-        if (
-            where[0] == "prompts"
-            and len(where) > 1
-            and isinstance(where[1], str)
-            and isinstance(self.data.get("prompts"), list)
-        ):
-            self.data["prompts"] = {LISTED: self.data["prompts"]}
-            self.lines |= {
-                ("prompts", LISTED, *place[1:]): line for place, line in self.lines.items() if place[:1] == ("prompts",)
-            }
-        if where[0] == "save" and len(where) > 2 and isinstance(self._at(where[:2]), str):
-            self.data["save"][where[1]] = {"address": self._at(where[:2])}
+        where = self._long_form(where)
         place: Any = self.data
         for key in where[:-1]:
             try:
@@ -197,14 +186,29 @@ class _Document:
         try:
             place[last] = value
         except IndexError:
-            raise UsageError(f"--set {override}: `{'.'.join(map(str, where[:-1]))}` has {len(place)} entries, from 0") from None
+            raise UsageError(f"--set {override}: `{path.rpartition('.')[0]}` has {len(place)} entries, from 0") from None
         except TypeError:
-            raise UsageError(f"--set {override}: `{'.'.join(map(str, where[:-1]))}` has no parts to set") from None
+            raise UsageError(f"--set {override}: `{path.rpartition('.')[0]}` has no parts to set") from None
         where = (*where[:-1], last)
         for depth in range(1, len(where)):
             self.lines.setdefault(where[:depth], self.label)
         self.lines[where] = self.label
         self.overridden.append(where)
+
+    def _long_form(self, where: Where) -> Where:
+        """Write out a short form that has to hold a part of its own; where the part stands then."""
+        key, *inner = where
+        short = self.data.get(key)
+        if key in ("model", "tokenizer") and inner and isinstance(short, str):
+            self.data[key] = {"name": short}
+        if key == "save" and len(inner) > 1 and isinstance(address := self._at(where[:2]), str):
+            self.data[key][inner[0]] = {"address": address}
+        if key == "prompts" and inner and isinstance(inner[0], str) and isinstance(short, list):
+            self.data[key] = {LISTED: short}
+            self.lines |= {(key, LISTED, *place[1:]): line for place, line in self.lines.items() if place[:1] == (key,)}
+        if key == "prompts" and inner and isinstance(inner[0], int) and isinstance(short, dict) and LISTED in short:
+            return key, LISTED, *inner
+        return where
 
     def _given(self, text: str, where: Where) -> Any:
         """What the text of an override holds: YAML, or, where it is none, text."""
@@ -238,7 +242,7 @@ class _Document:
             spec = Spec.model_validate(self.data)
         except ValidationError as error:
             for where, texts in complaints(error, self.data).items():
-                if self._line(where) not in self.unset:  # what follows from a missing variable is no mistake of its own
+                if self._line(where) not in self.unclear:  # what follows from a variable is no mistake of its own
                     for text in texts:
                         self._mistake(self._lines(where), text)
         if self.mistakes or spec is None:
