@@ -1,7 +1,8 @@
 """Addresses: places in a model, as text. `transformer.h[-1].output[0]` is a module path, a port, and items into the value.
 
     address = [ module "." ] port { item }
-    module  = name { "." name | "[" int "]" | "[" slice "]" | "[*]" | ".*" }
+    module  = step { step }, the first without its dot
+    step    = "." name | "['" name "']" | "[" int "]" | "[" slice "]" | "[*]" | ".*"
     port    = "output" | "outputs" | "input" | "inputs"
     item    = "[" int "]" | "[" "'key'" "]" | "." key | "[" tensor index "]"
 
@@ -134,7 +135,7 @@ def written(step: Step | Item) -> str:
     """A step or an item as it stands in an address, its dot or brackets included."""
     match step:
         case Child(name):
-            return f".{name}"
+            return f".{name}" if _NAME.fullmatch(name) else f"[{name!r}]"
         case Nth(number):
             return f"[{number}]"
         case Some(entries):
@@ -150,9 +151,10 @@ def written(step: Step | Item) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- parsing
 
+_NAME = re.compile(r"""[^.\[\]\s*'"]+""")
 _TOKEN = re.compile(
-    r"""(?P<name>(?:^|\.)\s*[^.\[\]\s*'"]+)
-      | (?P<star>\.\s*\*)
+    rf"""(?P<name>(?:^|(?<=.)\.)\s*{_NAME.pattern})
+      | (?P<star>(?:^|(?<=.)\.)\s*\*)
       | \[(?P<bracket>(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\[\]'"])*)\]""",
     re.VERBOSE,
 )
@@ -204,6 +206,8 @@ def _complaint(text: str, position: int) -> str:
         return "this bracket is not closed, or holds another one"
     if rest.startswith(".") and len(rest.strip(". ")) == 0:
         return "nothing follows the dot"
+    if position == 0 and rest.startswith("."):
+        return "it begins with a dot, and no module stands before that"
     if rest.startswith(".."):
         return "two dots in a row"
     return "a name here needs a dot before it; names, [brackets] and .* are all that can stand here"
@@ -222,7 +226,9 @@ def _step(text: str, kind: str, token: str, position: int) -> Step:
         return Nth(int(token))
     if found := _SLICE.fullmatch(token):
         return Some(_slice(text, found, position))
-    raise _error(text, position, "in a module path, brackets hold a number, a slice such as 4:8, or *")
+    if token[:1] in ("'", '"'):
+        return Child(_quoted(text, token, position))
+    raise _error(text, position, "in a module path, brackets hold a number, a slice such as 4:8, *, or a quoted name")
 
 
 def _item(text: str, kind: str, token: str, position: int) -> Item:
@@ -359,4 +365,7 @@ def _deeper(name: str, path: tuple[Step, ...], tree: Tree) -> str | None:
 def _out_of_range(step: Nth, path: tuple[Step, ...], size: int) -> str:
     nearest = size - 1 if step.number >= 0 else -size
     place = path_text(path)
-    return f"did you mean `{place}[{nearest}]`? `{place}` has {size} entries, 0 to {size - 1}, so there is no [{step.number}]"
+    has = "1 entry" if size == 1 else f"{size} entries, 0 to {size - 1}"
+    return (
+        f"did you mean `{place}[{nearest}]`? {f'`{place}`' if place else 'The model'} has {has}, so there is no [{step.number}]"
+    )

@@ -33,8 +33,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain text, as in a log; to import what draws boxes takes as long as all the rest
 )
 
-SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML spec.", show_default=False)]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a finished dump.", show_default=False)]
+SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The YAML spec.", show_default=False, readable=False)]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a dump.", show_default=False, readable=False)]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: model.dtype=float32.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N prompts only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
@@ -177,13 +177,13 @@ def run(
             else:
                 files = dependencies.of(loaded, spec, time)
                 if depfile is not None:
-                    files.check_apart(depfile, Folder(root))
+                    files.check_place_of(depfile, Folder(root))
                 rules = files.rules(Folder(root).manifest) if depfile is not None else b""
                 outcome = _run(loaded, root, overwrite, repair, this, signals, quiet)
                 files.date(outcome.path)
+                console.answer(json.dumps(views.outcome_json(outcome)) if as_json else outcome.path)
                 if depfile is not None:
                     dependencies.write(depfile, rules)
-                console.answer(json.dumps(views.outcome_json(outcome)) if as_json else outcome.path)
 
 
 def _run(
@@ -258,9 +258,7 @@ def explain(spec: SpecFile, output: OutputFolder = None, sets: Sets = None, limi
 
 
 @app.command()
-def status(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a dump.", show_default=False)], as_json: Json = False
-) -> None:
+def status(out: Out, as_json: Json = False) -> None:
     """Say how far a dump is. Parts done, in hand and missing; exit code 0 when it is complete, 75 before, and 65 when it is damaged."""
     with _quitting():
         from actdump import console, store, views
@@ -288,7 +286,7 @@ def tree(
         from actdump.spec import model_spec
 
         console.start_logging(quiet=False)
-        is_spec = Path(model).suffix in (".yaml", ".yml")
+        is_spec = Path(model).is_file() or Path(model).suffix in (".yaml", ".yml")
         if sets and not is_spec:
             raise UsageError(f"--set changes a spec, and `{model}` is none; write a spec, or leave it out")
         wanted = _load(Path(model), sets, None).model if is_spec else model_spec(model, {})

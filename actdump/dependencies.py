@@ -38,15 +38,17 @@ class Dependencies:
         except OSError as error:
             log.warning("%s: its time cannot be set, so make will ask again: %s", target, error.strerror)
 
-    def check_apart(self, depfile: Path, folder: Folder) -> None:
+    def check_place_of(self, depfile: Path, folder: Folder) -> None:
         """Raises:
         UsageError: the rules would be written over a file that the dump is made from or consists of.
+        StorageError: they cannot be written there.
         """
         place, root = depfile.resolve(), folder.root.resolve()
         if place in {path.resolve() for path in self.times}:
             raise UsageError(f"--depfile: `{depfile}` is what the dump is made from; name another file")
         if place.is_relative_to(root) and Folder(root).written_by_us(place):
             raise UsageError(f"--depfile: `{depfile}` is a file of the dump itself; name another one")
+        store.check_writable(place.parent)
 
     def rules(self, target: Path) -> bytes:
         """The target's rule in make's syntax.

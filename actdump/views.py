@@ -293,7 +293,7 @@ def _state(status: "Status") -> str:
     if status.complete:
         return "complete"
     if status.sealed:
-        return "damaged: sealed, but records of its parts cannot be read; `run --repair` makes those parts again"
+        return "damaged: sealed, but records of its parts are not whole; `run --repair` makes those parts again"
     waits = not (status.working or status.missing)
     return "unfinished" + ": all parts are done, the same run seals it" * waits
 

@@ -14,12 +14,12 @@ integers = st.integers(-40, 40)
 slices = st.builds(Slice, *[st.none() | integers] * 2, st.none() | integers.filter(bool))
 names = st.from_regex(r"[A-Za-z_0-9][A-Za-z0-9_\-]*", fullmatch=True)
 modules = st.lists(
-    st.builds(Child, names | st.sampled_from(PORTS))
+    st.builds(Child, names | st.sampled_from(PORTS) | st.text(min_size=1))
     | st.builds(Nth, integers)
     | st.builds(Some, slices)
     | st.builds(Every, st.booleans()),
     max_size=5,
-).flatmap(lambda rest: st.just(()) | st.builds(lambda first: (Child(first), *rest), names))
+).map(tuple)
 entries = st.lists(integers | slices | st.just(...), min_size=1, max_size=4).map(tuple)
 items = st.lists(
     st.builds(Nth, integers)
@@ -65,7 +65,9 @@ def test_the_port_is_the_last_port_word_outside_brackets(text, path, port, items
         ("h..output", "two dots in a row, at character 2"),
         ("h.output.", "nothing follows the dot, at character 9"),
         ("h[0]output", "a name here needs a dot before it"),
-        ("h['a'].output", "brackets hold a number, a slice such as 4:8, or *, at character 2"),
+        ("h[a].output", "brackets hold a number, a slice such as 4:8, *, or a quoted name, at character 2"),
+        ("h['a', 1].output", "a key is one quoted word"),
+        (".h.output", "it begins with a dot, and no module stands before that, at character 1"),
         ("h[::0].output", "the step of a slice cannot be 0"),
         ("h.output[*]", "a star stands for modules, so it cannot follow the port"),
         ("h.output['a' 'b'", "this bracket is not closed"),
@@ -132,6 +134,23 @@ def test_a_module_that_stands_twice_in_a_list_is_counted_twice():
         assert module_at(address, root) is root["h"][number]
         assert str(address) == f"h[{number % 5}].output"
     assert [module_at(address, root) for address in expand(parse("h[*].output"), root)] == list(root["h"])
+
+
+def test_a_name_that_is_no_word_is_quoted():
+    root = nn.ModuleDict({"d": nn.ModuleDict({"en us": nn.ReLU(), "de": nn.ReLU()})})
+    (first, second) = expand(parse("d.*.output"), root)
+    assert (str(first), str(second)) == ("d['en us'].output", "d.de.output")
+    assert module_at(parse(str(first)), root) is root["d"]["en us"]
+
+
+def test_a_star_at_the_beginning_stands_for_the_models_own_children():
+    root = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))
+    assert list(map(str, expand(parse("*.output"), root))) == ["[0].output", "[1].output"]
+
+
+def test_an_entry_that_a_model_of_one_does_not_have():
+    with pytest.raises(AddressError, match=re.escape("did you mean `[0]`? The model has 1 entry, so there is no [5]")):
+        expand(parse("[5].output"), nn.Sequential(nn.ReLU()))
 
 
 def test_numbers_that_do_not_count_from_0_are_names():

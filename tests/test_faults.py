@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import actdump
-from actdump import job, model, store, verify
+from actdump import job, model, reader, store, verify
 from actdump.cli import app
 from actdump.errors import ActdumpError, DataError, OccupiedError, Stopped, StorageError
 from actdump.job import lanes, loop, planning
@@ -479,6 +479,25 @@ def test_however_little_room_there_is(tmp_path, sealed, monkeypatch):
         assert ended[0] == 74
         assert ended[-1] == "done"
         assert ended.count(74) > 5
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shards/00001.json"])
+def test_what_cannot_be_read_is_not_taken_for_missing(name, dump, spec_file):
+    """A folder stands for what the disk refuses to read: permissions do not bind root."""
+    (dump / "manifest.json").unlink()
+    (dump / name).unlink(missing_ok=True)
+    (dump / name).mkdir()
+    before = snapshot(dump)
+    command("run", spec_file, "-o", dump, code=74)
+    assert snapshot(dump) == before
+
+
+def test_a_shard_that_cannot_be_read_is_not_missing(dump):
+    shard = dump / "shards/00000.safetensors"
+    shard.unlink()
+    shard.mkdir()
+    with pytest.raises(StorageError, match=r"00000\.safetensors: cannot be read: Is a directory"):
+        reader.open_dump(dump)["block"][0]
 
 
 def test_a_finished_dump_on_a_read_only_disk_is_up_to_date(tmp_path, sealed, spec_file):

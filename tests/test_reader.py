@@ -179,6 +179,7 @@ def test_rows_run_across_prompts_and_shards(dump):
         slice(border - 2, border + 6),
         slice(border, border),
         slice(1, 30, 3),
+        slice(None, None, 30),
         slice(-4, None),
         slice(0, 2),
         slice(40, 50),
@@ -186,6 +187,7 @@ def test_rows_run_across_prompts_and_shards(dump):
     ):
         assert torch.equal(rows[cut], whole[cut]), cut
         assert rows[cut].dtype == torch.float32
+        assert rows[cut].untyped_storage().nbytes() == rows[cut].nbytes, "rows in between are kept"
     assert torch.equal(rows[border], whole[border])
     assert torch.equal(rows[-1], whole[-1])
     with pytest.raises(IndexError, match="no row 31"):

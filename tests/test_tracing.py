@@ -322,6 +322,8 @@ def test_wrong_places_after_a_port(model, modules):
         bert.encoder.layer[0].output.dens.output.save()
     with pytest.raises(AddressError, match="cannot stand in a module path"), model.trace(PROMPT):
         model.transformer.h[0].output[:, 1].dense.output.save()
+    with pytest.raises(AddressError, match="step must be greater than zero"), model.trace(PROMPT):
+        model.transformer.h[0].output[:, ::-1].save()
     with pytest.raises(TraceError, match="cannot be indexed"), model.trace(PROMPT):
         model.transformer.h[0].output[[0, 1]]
 
@@ -897,7 +899,7 @@ def test_what_looks_like_ids_and_is_none_is_refused(given, gpt2):
 
 
 @pytest.mark.parametrize(
-    "given", [5, None, b"text", range(3), (word for word in ["the"])], ids=lambda given: type(given).__name__
+    "given", [5, None, b"text", range(3), (word for word in ["the"]), torch.tensor(5)], ids=lambda given: type(given).__name__
 )
 def test_what_is_no_prompt_is_refused(given, model):
     with pytest.raises(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actdump.address import parse
+from actdump.address import Address, Child
 from actdump.engine.axes import ALONE, TOGETHER
 from actdump.engine.capture import stream
 from actdump.engine.hooks import Hooks, Stop, copied
@@ -93,7 +93,7 @@ def _unfit(model: nn.Module, error: Exception) -> UsageError:
 def outputs(model: nn.Module) -> list[Site]:
     """The outputs of all modules."""
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
-    return bind(model, [Tap(path, parse(f"{path}.output" if path else "output")) for path in paths])
+    return bind(model, [Tap(path, Address(tuple(map(Child, filter(None, path.split(".")))), "output")) for path in paths])
 
 
 def try_out(model: nn.Module, sites: Sequence[Site], feed: Feed, tokens: int) -> None:

@@ -91,6 +91,6 @@ def _whole(tap: Tap, held: Any) -> Any:
             if not isinstance(item, Nth | Index):
                 raise Unfit(f"`{written(item)}` cannot follow a tensor")
             value = value[tensor_index(item)]
-    except (Unfit, IndexError) as reason:
+    except (Unfit, IndexError, ValueError, OverflowError) as reason:
         raise AddressError(f"{tap.name}: {reason}") from None
     return value

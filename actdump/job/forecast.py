@@ -73,7 +73,7 @@ def _found(spec: Spec, root: Path, sources: inputs.Inputs) -> Explanation | str:
     try:
         explained = found(spec, Folder(root), sources)
         if explained.state != "up to date":
-            store.check_writable(Folder(root))
+            store.check_writable(root, Folder(root).shards)
         return explained
     except (OccupiedError, StorageError, DataError) as error:
         return str(error)

@@ -72,7 +72,7 @@ def run(
             look_over(job, found)
         if found is not None and not job.damage.faults and store.complete(job.folder, found):
             return _ended(job, "up to date")
-        store.check_writable(job.folder)
+        store.check_writable(job.folder.root, job.folder.shards)
         return _go_on(job)
 
 

@@ -40,7 +40,8 @@ def uncollected() -> Iterator[None]:
 
 @uncollected()
 def source_of(job: Job, commit: str | None = None) -> "Source":
-    """The model before its weights; wrong addresses are found here, where the model class can be made without them.
+    """The model before its weights. A device that is not there is found here, and wrong addresses, where the model class can be made
+    without weights.
 
     Args:
         commit: that of the model on the hub, whatever the revision that the spec names has become.
@@ -49,7 +50,9 @@ def source_of(job: Job, commit: str | None = None) -> "Source":
 
     job.watcher.step("reading the model's config")
     spec = job.spec.model if commit is None else job.spec.model.model_copy(update={"revision": commit})
-    source = model.find(_on_own_device(spec, job.worker.local))
+    spec = _on_own_device(spec, job.worker.local)
+    model.pick_device(spec.device)
+    source = model.find(spec)
     if source.commit is not None:  # so are tokenizer and weights, however much later they are asked for
         source = replace(source, spec=source.spec.model_copy(update={"revision": source.commit}))
     bind_early(job.spec, source)

@@ -156,6 +156,8 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(f"model.device: `{name}` is not a device; use auto, cpu, cuda, cuda:1 or mps") from None
     if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
         raise UsageError(f"model.device: there is no {device.type} device here; use `device: auto`")
+    if device.type != "cpu" and (device.index or 0) >= (count := torch.accelerator.device_count()):
+        raise UsageError(f"model.device: there is no `{name}`: {device.type} has {count} here, numbered from 0")
     return device
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from actdump.errors import DataError
+from actdump.errors import DataError, StorageError
 from actdump.format import OFFSETS, Folder, Shard
 
 if TYPE_CHECKING:
@@ -27,9 +27,12 @@ class OpenShard:
 
         path = self.folder.shard(self.shard.number)
         try:
+            path.open("rb").close()  # of every file that it cannot open, safetensors says that it is missing
             file: Any = safe_open(path, framework="pt")
         except FileNotFoundError:
             raise DataError(f"{path}: the shard is missing") from None
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
         except Exception as error:  # safetensors raises its own error types
             raise DataError(f"{path}: not a whole safetensors file: {error}") from error
         if (file.metadata() or {}).get("digest") != self.shard.digest:

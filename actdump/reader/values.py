@@ -80,10 +80,14 @@ class Rows:
         return (len(self), *self.column.layout.row)
 
     def __getitem__(self, key: "SupportsIndex | slice | Sequence[int] | torch.Tensor | np.ndarray") -> "torch.Tensor":
-        """One row; or a range of rows, or those of several numbers in any order, as one tensor.
+        """One row, of shape (…); or a range of rows, or those of several numbers in any order, of shape (rows, …). They are copies, in
+        the storage type.
 
         Raises:
             IndexError: there is no such row.
+            ValueError: a slice runs backwards.
+            TypeError: the key is something else.
+            DataError: a shard is missing, or not whole.
         """
         import torch
 
@@ -95,11 +99,13 @@ class Rows:
         first, last, step = key.indices(len(self))
         if step < 0:
             raise ValueError("rows cannot be read backwards")
+        if step > 1:
+            return self._gathered(range(first, last, step))
         pieces = list(self._pieces(first, last))
         empty = torch.empty((0, *self.column.layout.row), dtype=getattr(torch, self.column.layout.dtype))
         if len(pieces) == 1:
-            return pieces[0][::step].clone()
-        return torch.cat(pieces)[::step] if pieces else empty
+            return pieces[0].clone()
+        return torch.cat(pieces) if pieces else empty
 
     def where(self, row: int) -> tuple[int, int]:
         """The number of the prompt that a row belongs to, and which of the prompt's rows it is: with all tokens, its token.

@@ -173,13 +173,15 @@ class _Document:
         if not equals or not path:
             raise UsageError(f"--set {override}: write it as key=value, as in --set model.dtype=float32")
         self.label = f"--set {path}"
-        where: Where = tuple(int(key) if key.isdecimal() else key for key in path.split("."))
+        where: Where = tuple(int(key) if re.fullmatch("[0-9]{1,9}", key) else key for key in path.split("."))
         value = self._given(text, where)
         where = self._long_form(where)
         place: Any = self.data
         for key in where[:-1]:
             try:
-                place = place.setdefault(str(key), {}) if isinstance(place, dict) else place[key]
+                if isinstance(place, dict) and place.get(str(key)) is None:
+                    place[str(key)] = {}
+                place = place[str(key) if isinstance(place, dict) else key]
             except (KeyError, IndexError, TypeError):
                 raise UsageError(f"--set {override}: there is no `{key}` in the spec") from None
         last = str(where[-1]) if isinstance(place, dict) else where[-1]

@@ -86,7 +86,7 @@ def _bytes(value: Any) -> Any:
     """Read `1 GB`, `500MB`, `2GiB`, or a number of bytes."""
     if not isinstance(value, str):
         return value
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", value.lower())
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?i?b?)\s*", value.lower())
     if found is None or found[2] not in _UNITS:
         raise ValueError('must be a size such as "1 GB", "500 MB" or a number of bytes')
     return int(float(found[1]) * _UNITS[found[2]])

@@ -39,9 +39,7 @@ def check_free(folder: Folder, *, overwrite: bool, repair: bool = False) -> None
             raise OccupiedError(
                 f"{root} holds files with the names of a dump's, but {plan}; choose another folder, or {remedy}"
             )
-    ancestor = standing_place(root)
-    if not ancestor.is_dir():
-        raise StorageError(f"{root}: cannot be made, because {ancestor} is a file")
+    _standing_folder(root)
 
 
 def _is_plan(path: Path) -> bool:
@@ -52,15 +50,24 @@ def _is_plan(path: Path) -> bool:
     return False
 
 
-def check_writable(folder: Folder) -> None:
-    """Make sure that the folder can be written, or made.
+def check_writable(*folders: Path) -> None:
+    """Make sure that folders can be written, or made.
 
     Raises:
-        StorageError: it cannot.
+        StorageError: one cannot.
     """
-    root, ancestor = folder.root, standing_place(folder.root)
-    if not os.access(ancestor, os.W_OK | os.X_OK):
-        raise StorageError(f"{root}: cannot be written: {ancestor} is read-only for you")
+    for folder in folders:
+        ancestor = _standing_folder(folder)
+        if not os.access(ancestor, os.W_OK | os.X_OK):
+            raise StorageError(f"{folder}: cannot be written: {ancestor} is read-only for you")
+
+
+def _standing_folder(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
+    place = standing_place(path)
+    if not place.is_dir():
+        raise StorageError(f"{path}: cannot be made, because {place} is a file")
+    return place
 
 
 def check_space(folder: Folder, needed: int) -> None:

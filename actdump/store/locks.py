@@ -98,7 +98,7 @@ class Lock:
 
     @staticmethod
     def is_taken(path: Path) -> bool:
-        """Whether anybody holds a lock: found out without a right to write, and without taking it.
+        """Whether anybody holds a lock: found out without a right to write. Nobody else can take it during the look.
 
         Raises:
             OSError: it is gone, or the file system has none.

@@ -11,7 +11,10 @@ from actdump.format import VERSION, Folder, Shard, plan_from_json, plan_to_json,
 from actdump.inputs import Stamps, sha256
 from actdump.plan import Part, Plan, Span
 from actdump.statistics import Statistics
-from actdump.store.files import to_json, write_atomically
+from actdump.store.files import storage, to_json, write_atomically
+
+_GONE = FileNotFoundError, NotADirectoryError
+_OTHER = ValueError, KeyError, TypeError  # what reading a file raises that holds something else
 
 
 def load_plan(folder: Folder) -> tuple[Plan, dict[str, Any]] | None:
@@ -34,13 +37,17 @@ def load_plan(folder: Folder) -> tuple[Plan, dict[str, Any]] | None:
 
 
 def finished(folder: Folder, span: Span, digest: str) -> Shard | None:
-    """The record of a shard that is finished: the record is there, and the file has the recorded size."""
-    try:
-        shard = shard_from_json(json.loads(folder.record(span.number).read_bytes()))
+    """The record of a shard that is finished: the record is there, and the file has the recorded size.
+
+    Raises:
+        StorageError: what is there cannot be read.
+    """
+    path = folder.record(span.number)
+    with storage(path, "read"), suppress(*_GONE, *_OTHER, AttributeError, DataError):
+        shard = shard_from_json(json.loads(path.read_bytes()))
         size = folder.shard(span.number).stat().st_size
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError):
-        return None
-    return shard if shard.digest == digest and size == shard.bytes else None
+        return shard if shard.digest == digest and size == shard.bytes else None
+    return None
 
 
 def done(folder: Folder, part: Part, digest: str) -> bool:
@@ -61,8 +68,12 @@ def statistics(folder: Folder, plan: Plan) -> Iterator[Mapping[str, Statistics]]
 
 
 def complete(folder: Folder, plan: Plan) -> bool:
-    """Whether the dump is sealed, and its shards are there with their sizes and records."""
-    try:
+    """Whether the dump is sealed, and its shards are there with their sizes and records.
+
+    Raises:
+        StorageError: the manifest or the folder of the shards cannot be read.
+    """
+    with storage(folder.manifest, "read"), suppress(*_GONE, *_OTHER):
         manifest = json.loads(folder.manifest.read_bytes())
         if manifest["format"] != VERSION or manifest["digest"] != plan.digest or not has_prompts(folder, plan):
             return False
@@ -73,8 +84,7 @@ def complete(folder: Folder, plan: Plan) -> bool:
             }  # locks come and go
         whole = (found.get(folder.shard(shard.number).name) == sizes.get(shard.number, -1) for shard in plan.shards)
         return all(whole) and all(folder.record(shard.number).name in found for shard in plan.shards)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return False
 
 
 def restamp(folder: Folder, plan: Plan, stamps: Stamps, now: Stamps) -> None:
@@ -88,10 +98,14 @@ def restamp(folder: Folder, plan: Plan, stamps: Stamps, now: Stamps) -> None:
 
 
 def origins(folder: Folder) -> set[tuple[int, str]]:
-    """The formats, and the digests of the plans, that the manifest and the records in a folder were written under, if readable."""
+    """The formats, and the digests of the plans, that the manifest and the records in a folder were written under.
+
+    Raises:
+        StorageError: one of them cannot be read.
+    """
     found = set()
     for path in (folder.manifest, *folder.shards.glob("[0-9]*.json")):
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with storage(path, "read"), suppress(*_GONE, *_OTHER):
             value = json.loads(path.read_bytes())
             found.add((value["format"], value["digest"]))
     return found

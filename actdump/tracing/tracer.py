@@ -96,11 +96,12 @@ def work(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Forw
     if isinstance(given, np.ndarray):
         given = given.tolist() if given.ndim == 1 else torch.from_numpy(given)
     takes_ids = "input_ids" in signature(traced.module.forward).parameters
-    if takes_ids and len(args) == 1 and isinstance(given, Tensor) and given.ndim != 1:
+    if takes_ids and len(args) == 1 and isinstance(given, Tensor) and given.ndim > 1:
         given = {"input_ids": given}
     if isinstance(given, Mapping) and len(args) == 1:
         return _own((), {**given, **kwargs})
-    if takes_ids and len(args) == 1 and not kwargs and not isinstance(given, str | list | tuple | Tensor):
+    several = isinstance(given, str | list | tuple) or (isinstance(given, Tensor) and given.ndim == 1)
+    if takes_ids and len(args) == 1 and not kwargs and not several:
         raise UsageError(f"trace takes a prompt, a list of prompts, token ids, or the model's own arguments, not {given!r}")
     texts = isinstance(given, str) or (isinstance(given, list | tuple) and any(isinstance(entry, str) for entry in given))
     if not texts and not (takes_ids and isinstance(given, list | tuple | Tensor)):

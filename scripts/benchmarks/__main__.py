@@ -39,8 +39,8 @@ def main() -> None:
             results[name] = list(measure(setting))
             if results[name]:
                 report.show(name, results[name])
-    if asked.json:
-        report.save(asked.json, setting, results)
+            if asked.json:  # with every section: a later one may fail
+                report.save(asked.json, setting, results)
 
 
 def _arguments() -> argparse.Namespace:
