@@ -1,7 +1,7 @@
 """What a model keeps from one forward to the next, and how it is given back."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import call, itemgetter
 from typing import Any
 
@@ -37,6 +37,13 @@ class State:
         small = (tensor for tensor in tensors.values() if tensor.numel() <= TABLE and tensor.device.type != "meta")
         self._tables = list(map(_Table.of, small))
         self._look = _Look(self._dictionaries, self._containers)
+
+    def settle(self) -> None:
+        """Give back what the forward of a short prompt alone changed. The attributes that it added are those that every forward adds:
+        where one adds others, or others values, it changes something."""
+        for each in self._dictionaries:
+            each.usual = each.added()
+        self.restored()
 
     def restored(self) -> bool:
         """Give back what forwards changed; whether they had changed anything."""
@@ -107,23 +114,33 @@ class _Table:
 
 @dataclass
 class _Dictionary:
-    """The attributes of a module, beside those that torch keeps, or its buffers."""
+    """The attributes of a module, beside those that torch keeps, or its buffers.
+
+    Attributes:
+        usual: what every forward adds, as `longrope` adds the table for prompts that are longer than the shortest.
+    """
 
     held: dict[str, Any]
     values: dict[str, Any]
+    usual: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(held: dict[str, Any]) -> "_Dictionary":
         return _Dictionary(held, {name: value for name, value in held.items() if name not in _OWN})
 
+    def added(self) -> dict[str, Any]:
+        """What was not there before."""
+        return {name: self.held[name] for name in self.held.keys() - self.values.keys() - _OWN}
+
     def restored(self) -> bool:
-        new = self.held.keys() - self.values.keys() - _OWN
-        if not new and all(name in self.held and _same(self.held[name], value) for name, value in self.values.items()):
-            return False
-        for name in new:
+        added = self.added()
+        stayed = all(name in self.held and _same(self.held[name], value) for name, value in self.values.items())
+        for name in added:
             del self.held[name]
-        self.held.update(self.values)
-        return True
+        if not stayed:
+            self.held.update(self.values)
+        as_usual = added.keys() <= self.usual.keys() and all(_alike(value, self.usual[name]) for name, value in added.items())
+        return not (stayed and as_usual)
 
 
 @dataclass
@@ -158,6 +175,13 @@ def _values(held: Any) -> Iterable[Any]:
 def _same(now: object, before: object) -> bool:
     """Whether an attribute is what it was; a number may have been computed anew."""
     return now is before or (isinstance(before, int | float | str) and type(now) is type(before) and now == before)
+
+
+def _alike(now: object, before: object) -> bool:
+    """Whether an attribute was computed to be what it was."""
+    if isinstance(now, Tensor) and isinstance(before, Tensor):
+        return now.dtype == before.dtype and now.device == before.device and torch.equal(now, before)
+    return _same(now, before)
 
 
 def writes_to(tensor: Tensor) -> int | None:

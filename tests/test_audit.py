@@ -475,6 +475,18 @@ def test_of_hidden_states_the_last_is_no_witness_and_mambas_are_none(family, blo
     assert [tap["witnessed"] for tap in taps] == heard
 
 
+def test_a_last_block_that_returns_what_it_was_given_is_no_fault(tmp_path):
+    """Its output is the hidden state of the block before it; its own is after the final norm."""
+    model = FAMILIES["llama"].build()
+    with torch.no_grad():
+        model.model.layers[-1].self_attn.o_proj.weight.zero_()
+        model.model.layers[-1].mlp.down_proj.weight.zero_()
+    model.save_pretrained(tmp_path / "model")
+    blocks = {"name": str(tmp_path / "model")}
+    taps = job.run(spec(model=blocks, save=["model.layers[-2:].output"]), tmp_path / "out").manifest.audit["taps"]
+    assert [tap["witnessed"] for tap in taps] == [True, False]
+
+
 def test_a_run_can_be_stopped_in_its_audit(tmp_path):
     forwards = []
 
@@ -529,6 +541,16 @@ def test_a_mean_is_rounded_once(tmp_path):
     for mean, rows in zip(dump["mean"], dump["all"], strict=True):
         torch.testing.assert_close(mean, rows.double().mean(0).float(), rtol=1e-5, atol=1e-6)
         assert not torch.equal(mean, mean.bfloat16().float())
+
+
+def test_a_mean_is_rounded_once_to_a_type_of_the_same_width(tmp_path):
+    save = {
+        tokens: {"address": "transformer.h[1].output[0]", "tokens": tokens, "dtype": "float16"} for tokens in ("mean", "all")
+    }
+    job.run(spec("bfloat16", save=save), tmp_path / "out")
+    dump = actdump.open(tmp_path / "out")
+    for mean, rows in zip(dump["mean"], dump["all"], strict=True):
+        torch.testing.assert_close(mean.double(), rows.double().mean(0), rtol=6e-4, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------- what is chosen

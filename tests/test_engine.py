@@ -495,7 +495,7 @@ FAULTS = {
     "number of axes": (toy_taking(lambda hidden: hidden.squeeze(0)), "layers[0].output", {}, "its number of axes depends on the input"),
     "rows by value": (lambda: build("mixtral"), "model.layers[0].mlp.experts.act_fn.output", {}, "axis 0 cannot be attributed"),
     "neighbours": (toy_taking(lambda hidden: hidden - hidden.mean(0)), "layers[0].output", {}, "is not the value of the prompt run alone"),
-    "order": (toy_taking(lambda hidden: hidden.flip(0)), "layers[0].output", {}, "`batch: {prompts: 1}` runs every prompt alone"),
+    "order": (toy_taking(lambda hidden: hidden.flip(0)), "layers[0].output", {}, "run such prompts one by one (in a spec: `batch:"),
     "tokens ahead": (toy_taking(lambda hidden: hidden.flip(1)), "layers[0].output", {}, "is not the value of the prompt run alone"),
     "no token axis": (lambda: build("bert"), "pooler.output", {"tokens": "last"}, "it has no token axis to select from: (batch, 16)"),
     "a query picked, a key selected": (lambda: build("llama", "eager"), "model.layers[0].self_attn.output[1][:, :, -1]",

@@ -34,7 +34,15 @@ import transformers
 from needs import need_model
 from test_values import SELECTIONS, TEXTS, assert_padded, made, random_ids
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ConvBertConfig,
+    ConvBertModel,
+    MobileBertConfig,
+    MobileBertModel,
+)
 from zoo import DEVICE, FAMILIES, Family, Toy
 
 import actdump
@@ -441,6 +449,42 @@ def test_a_value_that_depends_on_its_neighbours_is_refused(make, address, dtype)
     assert "is not the value of the prompt run alone" in fault.reason
 
 
+def convbert():
+    return ConvBertModel(ConvBertConfig(**BERTS, num_hidden_layers=2, conv_kernel_size=5))
+
+
+def mobilebert(pad: float):
+    model = MobileBertModel(MobileBertConfig(**BERTS, num_hidden_layers=2, embedding_size=32, intra_bottleneck_size=32))
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[1].normal_(0, pad)
+    return model
+
+
+BERTS = {
+    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "max_position_embeddings": 64,
+    "pad_token_id": 1, "initializer_range": 0.02,
+}  # fmt: skip
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("make", [convbert, lambda: mobilebert(0.02)], ids=["ConvBERT", "MobileBERT"])
+def test_a_value_that_padding_has_a_small_part_in_is_refused(make, layer, dtype):
+    """Their convolutions, or the embeddings of neighbours that they put together, reach beyond a prompt's end, whatever the mask."""
+    torch.manual_seed(0)
+    (fault,) = probed(make().eval().to(dtype), f"encoder.layer[{layer}].output[0]").runs
+    assert isinstance(fault, engine.Fault)
+    assert re.search("fills up a padded row|is not the value of the prompt run alone", fault.reason)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padding_that_adds_nothing_is_no_fault(dtype):
+    torch.manual_seed(0)
+    (site,) = probed(mobilebert(0.0).eval().to(dtype), "encoder.layer[0].output[0]").runs
+    assert isinstance(site, engine.Site)
+
+
 @pytest.mark.parametrize("make", [with_batch_statistics, with_capacity])
 def test_alone_in_its_batch_such_a_value_is_kept(make):
     model = make()
@@ -458,8 +502,8 @@ def test_one_prompt_a_batch_needs_nothing_shown_about_batches(tmp_path):
 class LooksAround(Toy):
     """Its second layer says whether the mean of a row is large, which it is for no row of a probe."""
 
-    def __init__(self):
-        super().__init__(lambda hidden: hidden, lambda hidden: (hidden > 1000).long())
+    def __init__(self, said=torch.long):
+        super().__init__(lambda hidden: hidden, lambda hidden: (hidden > 1000).to(said))
 
     def forward(self, input_ids, attention_mask=None):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -468,8 +512,9 @@ class LooksAround(Toy):
         return self.layers[1](self.layers[0](hidden + mean))
 
 
-def test_an_integer_that_stays_the_same_does_not_hide_that_a_mask_is_needed():
-    found = probed(LooksAround(), "layers[1].output")
+@pytest.mark.parametrize("said", [torch.long, torch.float32], ids=str)
+def test_a_value_that_stays_the_same_does_not_hide_that_a_mask_is_needed(said):
+    found = probed(LooksAround(said), "layers[1].output")
     assert found.feed.masked
     assert found.sites
 
@@ -516,6 +561,18 @@ def test_what_a_model_keeps_of_a_prompt_reaches_no_other(what, front, tmp_path):
     expected = [value_at(forward(family.build(), ids), place) for ids in prompts]  # a fresh model for each
     for value, alone in zip(found, expected, strict=True):
         assert errors(value, alone, 1).max() < TOLERANCE
+
+
+def test_prompts_of_the_original_length_share_a_forward():
+    """`longrope` puts its other table into an attribute in every forward, also where it is not used."""
+    model = KEEPING["longrope"][0].build()
+    found = probed(model, "model.layers[1].output")
+    runs = []
+    model.register_forward_pre_hook(lambda *_: runs.append(1))
+    for lengths, forwards in (((4, 9, 15), 1), ((4, 9, 20), 1 + 3)):
+        runs.clear()
+        engine.capture(model, found.sites, found.feed, Batch((0, 1, 2), tuple(random_ids(lengths, 60))))
+        assert len(runs) == forwards
 
 
 def traced(model, module, prompts, *, at_once):

@@ -154,15 +154,18 @@ class _Kept:
         if not self.waiting and all(0 <= call < len(calls) for call, calls in zip(self.wanted, self.calls, strict=True)):
             raise _Enough
 
-    def blocks(self, value: Tensor) -> list[int]:
-        """The blocks whose output a value is, if the hidden states are what the first block was given and what each returned.
+    def blocks(self, value: Tensor, block: int | None) -> list[int]:
+        """The blocks whose output a value is that should be that of `block`, if the hidden states are what the first block was given and
+        what each returned.
 
-        Those of some models (Mamba) are not, and the last is after the final norm; neither is a witness. Nor are states of more
+        Those of some models (Mamba) are not, and the last is after the final norm; neither is a witness. So nothing is said against
+        the last block, which may return what it was given. Nor are states of more
         blocks than the list has (Funnel's are of several lists, ALBERT's of one block that runs again and again).
         """
         if self.witness is None or len(self.states) != len(self.witness._modules) + 1 or not _equal(self.states[0], self.first):
             return []
-        return [block for block, state in enumerate(self.states[1:]) if _equal(state, value)]
+        found = [number for number, state in enumerate(self.states[1:]) if _equal(state, value)]
+        return [] if block == len(self.states) - 2 and block not in found else found
 
 
 def _equal(one: Tensor, other: Any) -> bool:
@@ -207,7 +210,11 @@ def run(
     kept = _forward(model, places, ids, _Kept(places, _blocks(model, places) if witness else None), noise)
     found = [_follow(place, calls) for place, calls in zip(places, kept.calls, strict=True)]
     values = [_as_stored(place, value, index, len(ids)) for place, (value, index) in zip(places, found, strict=True)]
-    return Alone(values, [value.dtype for value, _ in found], [kept.blocks(value) for value, _ in found])
+    return Alone(
+        values,
+        [value.dtype for value, _ in found],
+        [kept.blocks(value, place.block) for place, (value, _) in zip(places, found, strict=True)],
+    )
 
 
 def _forward(model: nn.Module, places: Sequence[Place], ids: Sequence[int], kept: _Kept, noise: Noise | None) -> _Kept:

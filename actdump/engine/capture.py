@@ -206,8 +206,9 @@ def _by_index(site: Site, value: Tensor, padded: Padded) -> Tensor:
 
 
 def _mean(site: Site, value: Tensor, axis: int) -> Tensor:
-    """Rounded once: to the storage type, where that is the wider one."""
-    return value.mean(axis, dtype=site.dtype if site.dtype.itemsize > value.dtype.itemsize else value.dtype)
+    """In a type that holds both what is computed and what is stored, so that it is rounded once."""
+    narrow, wide = sorted((value.dtype, site.dtype), key=lambda dtype: dtype.itemsize)
+    return value.mean(axis, dtype=wide if narrow.itemsize < wide.itemsize else torch.promote_types(narrow, wide))
 
 
 def _one_value(site: Site, value: Tensor, shape: tuple[int, int], row: int, length: int) -> Tensor:

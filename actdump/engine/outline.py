@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from actdump.engine.axes import axes_of
 from actdump.engine.hooks import Unfit, described
 from actdump.engine.site import Feed, shape_text
-from actdump.engine.tiny import observe, outputs, probe_ids
+from actdump.engine.tiny import observe, ports, probe_ids
 from actdump.errors import UsageError
 
 
@@ -17,7 +17,7 @@ def outline(model: nn.Module, feed: Feed) -> list[tuple[str, str, str]]:
 
     Where the model does not run as it is (on the meta device, say), the outputs are left empty.
     """
-    sites = outputs(model)
+    sites = ports(model, "output")
     ids = probe_ids(feed)
     try:
         alone, together = (observe(model, sites, feed, ids[name]) for name in ("alone", "together"))

@@ -7,14 +7,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from actdump.engine.agreement import same_bits, verified
+from actdump.engine.agreement import REMEDY, filled, same_bits, verified
 from actdump.engine.axes import ALONE, TOGETHER, Fault, labelled
 from actdump.engine.hooks import Unfit, read, which_call
 from actdump.engine.site import Axis, Feed, Site, cut_out, fits
-from actdump.engine.tiny import ROW, observe, outputs, probe_ids
+from actdump.engine.tiny import ROW, observe, ports, probe_ids
 from actdump.errors import AddressError, UsageError
-from actdump.plan import Layout
 from actdump.tap import Selection
+
+FEW = 16  # different numbers in the value of a prompt of ALONE
+FILLED_UP = (
+    "what fills up a padded row has a part in the prompt's value, in spite of the mask, as where a convolution reaches beyond its end; "
+    + REMEDY
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def _probe(
 ) -> Probe:
     ids = probe_ids(feed)
     together = ids["together"]
-    alone = observe(model, sites, feed, ids["alone"])
+    alone = observe(model, sites, feed, ids["alone"], first=True)
     batch = observe(model, sites, feed, together)
     runs = tuple(labelled(site, tokens, dtype, *seen) for site, *seen in zip(sites, alone, batch, strict=True))
     if feed.device.type == "meta" or apart:
@@ -98,16 +103,69 @@ def _probe(
     found = [run if isinstance(run, Site) else None for run in runs]
     batch_values = _row_values(found, batch)
     changed = _row_values(found, observe(model, sites, feed, ids["changed"], like=batch))
-    masked = not all(map(same_bits, batch_values, changed)) or (any(map(_coarse, found)) and _looks_around(model, feed, ids))
-    if masked:
-        mask = torch.ones_like(together)
-        mask[ROW, ALONE[1] :] = 0
-        batch_values = _row_values(found, observe(model, sites, feed, ids["changed"], mask, like=batch))
+    coarse = any(map(_coarse, found, batch_values))
+    masked = not all(map(same_bits, batch_values, changed)) or (coarse and _looks_around(model, feed, ids))
     alone_values = _row_values(found, alone, ALONE, 0)
+    batches = [batch_values]
+    if masked:
+        batches = [
+            _row_values(found, observe(model, sites, feed, ids[name], _mask(together), like=batch))
+            for name in ("changed", "filled")
+        ]
     wide = all(weight.dtype in (torch.float32, torch.float64) for weight in model.parameters())
-    checked = tuple(verified(*each, wide) for each in zip(runs, alone_values, batch_values, strict=True))
+    checked = tuple(verified(*each, wide) for each in zip(runs, alone_values, batches[0], strict=True))
+    if masked:
+        checked = _unfilled(model, feed, ids, checked, batches)
     reads_pad = masked and _reads_pad(model, found, feed, ids["alone"])
     return Probe(checked, replace(feed, masked=masked, reads_pad=reads_pad))
+
+
+def _mask(ids: Tensor) -> Tensor:
+    """A mask for ids of the shape TOGETHER that hides what fills up the row of the prompt of ALONE."""
+    mask = torch.ones_like(ids)
+    mask[ROW, ALONE[1] :] = 0
+    return mask
+
+
+def _unfilled(
+    model: nn.Module,
+    feed: Feed,
+    ids: Mapping[str, Tensor],
+    runs: Sequence[Site | Fault],
+    batches: Sequence[Sequence[Tensor | None]],
+) -> tuple[Site | Fault, ...]:
+    """The sites whose value what fills rows up has no part in, in spite of the mask; faults for the others.
+
+    Args:
+        batches: the values of the prompt of ALONE, cut out of two batches that fill its row up with other tokens.
+    """
+    concerned = [not same_bits(*pair) for pair in zip(*batches, strict=True)]
+    if not any(concerned) or not _fills(model, feed, ids):
+        return tuple(runs)
+    return tuple(
+        Fault(run.tap, FILLED_UP) if isinstance(run, Site) and touched else run
+        for run, touched in zip(runs, concerned, strict=True)
+    )
+
+
+def _fills(model: nn.Module, feed: Feed, ids: Mapping[str, Tensor]) -> bool:
+    """Whether any module takes what fills rows up into a prompt's value, in spite of the mask: the bits of what it is given stay, and
+    what it gives is another value."""
+    sites = [*ports(model, "input"), *ports(model, "output")]
+    alone, together = (observe(model, sites, feed, ids[name]) for name in ("alone", "together"))
+    batches = (observe(model, sites, feed, ids[name], _mask(ids[name]), like=together) for name in ("changed", "filled"))
+    found = _labelled(sites, alone, together)
+    values = list(zip(_row_values(found, alone, ALONE, 0), *(_row_values(found, batch) for batch in batches), strict=True))
+    given, gave = values[: len(sites) // 2], values[len(sites) // 2 :]
+    return any(
+        one is not None and same_bits(one, other) and filled(*result)
+        for (_, one, other), result in zip(given, gave, strict=True)
+    )
+
+
+def _labelled(sites: Sequence[Site], alone: Sequence[list[Any]], together: Sequence[list[Any]]) -> list[Site | None]:
+    runs = [labelled(site, None, None, *seen) for site, *seen in zip(sites, alone, together, strict=True)]
+    return [run if isinstance(run, Site) else None for run in runs]
 
 
 def _reads_pad(model: nn.Module, sites: Sequence[Site | None], feed: Feed, ids: Tensor) -> bool:
@@ -142,15 +200,16 @@ def _probed_value(site: Site, seen: list[Any], shape: tuple[int, int], row: int)
     return cut_out(value, cast(tuple[Axis, ...], site.axes), shape, row, ALONE[1])
 
 
-def _coarse(site: Site | None) -> bool:
-    """Whether what a site holds are no floats, so that it can stay the same while what it was made from moves."""
-    return site is not None and not getattr(torch, cast(Layout, site.layout).dtype).is_floating_point
+def _coarse(site: Site | None, value: Tensor | None) -> bool:
+    """Whether a value can stay the same while what it was made from moves: no floats, or few that differ, as of a step or a ReLU."""
+    return (
+        site is not None and value is not None and (not value.is_floating_point() or len(set(value.flatten().tolist())) < FEW)
+    )
 
 
 def _looks_around(model: nn.Module, feed: Feed, ids: Mapping[str, Tensor]) -> bool:
     """Whether at the output of any module a prompt's value moves with the batch around it."""
-    sites = outputs(model)
+    sites = ports(model, "output")
     alone, together, changed = (observe(model, sites, feed, ids[name]) for name in ("alone", "together", "changed"))
-    runs = [labelled(site, None, None, *seen) for site, *seen in zip(sites, alone, together, strict=True)]
-    found = [run if isinstance(run, Site) else None for run in runs]
+    found = _labelled(sites, alone, together)
     return not all(map(same_bits, _row_values(found, together), _row_values(found, changed)))

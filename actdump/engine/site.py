@@ -227,7 +227,7 @@ def feed_for(model: nn.Module) -> Feed:
 
 def _device(model: nn.Module, embedding: nn.Module | None) -> torch.device:
     """That of what looks tokens up; where `device_map` left that on the host or on disk, that of other weights."""
-    weights = [*(embedding or model).parameters(), *model.parameters()]
+    weights = [*(model if embedding is None else embedding).parameters(), *model.parameters()]
     here = [weight for weight in weights if not weight.is_meta] or weights
     return here[0].device if here else torch.device("cpu")
 
@@ -235,7 +235,8 @@ def _device(model: nn.Module, embedding: nn.Module | None) -> torch.device:
 def _token_embedding(model: nn.Module) -> nn.Module | None:
     """What looks tokens up, as transformers tells it; of other modules the first embedding. Models of images have others before."""
     with suppress(AttributeError, NotImplementedError):  # no model of transformers, or one that does not tell (CANINE)
-        return cast(nn.Module, cast(Any, model).get_input_embeddings())
+        embedding = cast(Any, model).get_input_embeddings()
+        return embedding if isinstance(embedding, nn.Module) else None  # Perceiver's is a parameter
     return next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actdump.address import Address, Child
+from actdump.address import Address, Child, Port
 from actdump.engine.axes import ALONE, TOGETHER
 from actdump.engine.capture import stream
 from actdump.engine.hooks import Hooks, Stop, copied
@@ -24,7 +24,8 @@ ROW = 1
 
 
 def probe_ids(feed: Feed) -> dict[str, Tensor]:
-    """Token ids for the probes; `changed` differs from `together` in everything but the row's own prompt."""
+    """Token ids for the probes; `changed` differs from `together` in everything but the row's own prompt, which it fills up with the
+    pad id, and `filled` from `changed` in that alone."""
     generator = torch.Generator().manual_seed(0)
     low = feed.vocabulary // 4 if feed.vocabulary >= 8 else 0
     together, changed = (torch.randint(low, feed.vocabulary, TOGETHER, generator=generator, device="cpu") for _ in range(2))
@@ -32,7 +33,9 @@ def probe_ids(feed: Feed) -> dict[str, Tensor]:
     prompt = together[ROW, : ALONE[1]]
     changed[ROW, : ALONE[1]] = prompt
     changed[ROW, ALONE[1] :] = feed.pad
-    return {"alone": prompt[None], "together": together, "changed": changed}
+    filled = changed.clone()
+    filled[ROW, ALONE[1] :] = together[ROW, ALONE[1] :]
+    return {"alone": prompt[None], "together": together, "changed": changed, "filled": filled}
 
 
 def plain_id(feed: Feed) -> int:
@@ -48,10 +51,12 @@ def observe(
     mask: Tensor | None = None,
     *,
     like: Sequence[list[Any]] | None = None,
+    first: bool = False,
 ) -> list[list[Any]]:
     """Run one forward; for each site, what its port held at each call.
 
     Args:
+        first: it is the first forward, of a prompt alone; what it adds to what the model keeps, every forward adds.
         like: what another forward gave; this one ends when every site was called as often. Without it, it runs to its end.
     """
     seen: list[list[Any]] = [[] for _ in sites]
@@ -70,7 +75,10 @@ def observe(
         except Stop:
             pass
         finally:
-            feed.state.restored()
+            if first:
+                feed.state.settle()
+            else:
+                feed.state.restored()
     return seen
 
 
@@ -90,10 +98,10 @@ def _unfit(model: nn.Module, error: Exception) -> UsageError:
     )
 
 
-def outputs(model: nn.Module) -> list[Site]:
-    """The outputs of all modules."""
+def ports(model: nn.Module, port: Port) -> list[Site]:
+    """The inputs or the outputs of all modules."""
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
-    return bind(model, [Tap(path, Address(tuple(map(Child, filter(None, path.split(".")))), "output")) for path in paths])
+    return bind(model, [Tap(path, Address(tuple(map(Child, filter(None, path.split(".")))), port)) for path in paths])
 
 
 def try_out(model: nn.Module, sites: Sequence[Site], feed: Feed, tokens: int) -> None:

@@ -55,7 +55,7 @@ def _try_out(model: nn.Module, other: "_Twin", sites: Sequence[Site], feed: Feed
     writes = [writes_to(tensor) for tensor in shared]
     ran: list[nn.Module] = []
     with before_each(model, ran.append):
-        apart = other.observed(one)
+        apart = other.observed(one, first=True)
     if ran:
         raise InseparableError(f"a forward of its copy runs its own {type(ran[0]).__name__}")
     with before_each(model, ran.append):
@@ -81,8 +81,8 @@ class _Twin:
     sites: Sequence[Site]
     feed: Feed
 
-    def observed(self, ids: Tensor, like: Sequence[list[Any]] | None = None) -> list[list[Any]]:
-        return observe(self.model, self.sites, self.feed, ids, like=like)
+    def observed(self, ids: Tensor, like: Sequence[list[Any]] | None = None, *, first: bool = False) -> list[list[Any]]:
+        return observe(self.model, self.sites, self.feed, ids, like=like, first=first)
 
 
 def _same(sites: Sequence[Site], seen: Sequence[list[Any]], others: Sequence[list[Any]]) -> bool:
