@@ -40,6 +40,7 @@ class Log(Output):
 out = Output(soft_wrap=True)
 err = Log(soft_wrap=True, stderr=True)
 EVERY = 10.0  # seconds between lines of progress where there is no terminal
+ROOMY = 76  # columns; a narrower terminal has no place for the rate beside the counts
 _form: Literal["plain", "dated", "json"] = "plain"  # of the lines on stderr
 
 
@@ -107,21 +108,23 @@ class Bar:
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
         self.lines = _form != "plain" or not err.is_terminal
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),  # it gives way on a narrow terminal
             MofNCompleteColumn(),
-            TextColumn("prompts  {task.fields[rate]}"),
+            TextColumn("prompts  {task.fields[rate]}" if err.width >= ROOMY else "prompts"),
             TimeRemainingColumn(),
             console=err,
+            expand=True,
             transient=True,
             disable=self.lines,
         )
         self.task = self.progress.add_task("starting", total=None, rate="")
-        self.tokens = self.prompts = self.total = self.all_tokens = self.bytes = 0
+        self.tokens = self.prompts = self.others = self.total = self.all_tokens = self.bytes = 0
         self.began = self.said = monotonic()
 
     def __enter__(self) -> "Bar":
@@ -139,7 +142,8 @@ class Bar:
     def planned(self, plan: "Plan", done: "Sequence[Part]") -> None:
         finished, tokens, written = (sum(getattr(part, name) for part in done) for name in ("prompts", "tokens", "bytes"))
         self.prompts = self.tokens = 0
-        self.total, self.all_tokens, self.bytes = plan.prompts - finished, plan.tokens - tokens, plan.bytes - written
+        self.total, self.others = plan.prompts, finished
+        self.all_tokens, self.bytes = plan.tokens - tokens, plan.bytes - written
         self.began = self.said = monotonic()
         self.progress.update(self.task, description="capturing", total=plan.prompts, completed=finished)
         going_on = f", {len(done)} of {len(plan.parts)} parts done before" if done else ""
@@ -162,12 +166,12 @@ class Bar:
             self.said = now
             left = (self.all_tokens - self.tokens) / max(speed, 1e-9)
             say(
-                f"{self.prompts:,} of {self.total:,} prompts  {rate}  {left:,.0f} s left",
+                f"{self.others + self.prompts:,} of {self.total:,} prompts  {rate}  {left:,.0f} s left",
                 prompts=self.prompts, tokens=self.tokens, bytes=round(written), seconds_left=round(left),
             )  # fmt: skip
 
     def elsewhere(self, part: "Part") -> None:
-        self.total -= part.prompts
+        self.others += part.prompts
         self.all_tokens -= part.tokens
         self.bytes -= part.bytes
         self.progress.update(self.task, advance=part.prompts)

@@ -142,8 +142,9 @@ def _json_row(line: str, where: str, spec: PromptsSpec) -> _Found:
     try:
         value = _read_json(line)
     except json.JSONDecodeError as error:
-        blank = "the line is empty; remove it" if not line.strip() else f"not JSON: {error.msg} at column {error.colno}"
-        raise SpecError(f"{where}: {blank}") from None
+        what = f"not JSON: {error.msg} at column {error.colno}" if line.strip() else "the line is empty; remove it"
+        one = "; each line is one prompt, and not a part of a list" if line.lstrip().startswith("[") else ""
+        raise SpecError(f"{where}: {what}{one}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets
         raise SpecError(f"{where}: cannot be read: {error}") from None
     if isinstance(value, str):

@@ -1,5 +1,6 @@
 """When a run is to stop: the signals that ask for it, and the time after which it stops by itself."""
 
+import os
 import re
 import signal
 from time import monotonic
@@ -84,6 +85,8 @@ class StopSignals:
         if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
         self._asked, self._interrupted = True, self._interrupted or number == signal.SIGINT
+        if number == signal.SIGINT and os.isatty(2):  # at once, amid whatever is being written
+            os.write(2, b"\nstopping, and keeping what is done; Ctrl-C again stops at once\n")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():

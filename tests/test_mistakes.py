@@ -2,8 +2,10 @@
 
 import json
 import os
+import pty
 import re
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -148,6 +150,27 @@ SPECS = {
         GOOD.replace("  - transformer.h[-1].output[0]", "  {\n    a: transformer.h[-1].output[0]\n  }"),
         ["spec.yaml:6: not YAML: the `{` here is not closed before line 7", "an address in it is not quoted"],
     ),
+    "a tab before an address": (
+        GOOD.replace("  - transformer.h[-1]", "\t- transformer.h[-1]"),
+        ["spec.yaml:6: not YAML", "; YAML does not allow tabs for indentation"],
+    ),
+    "two prompts in one": (
+        GOOD.replace("  - input_ids: [1, 2, 3]\n  - input_ids: [4, 5]", "  - Hello\n    - Bye"),
+        ["spec.yaml:3: this text goes on with `- ` on another line"],
+    ),
+    "a template's file": (
+        GOOD + "tokenizer: {chat_template: m/chat_template.jinja}\n",
+        ["spec.yaml:8: tokenizer.chat_template: holds no `{{` or `{%`", "not the name of a file"],
+    ),
+    "nothing for prompts": (
+        GOOD.replace("\n  - input_ids: [1, 2, 3]\n  - input_ids: [4, 5]", ""),
+        ["spec.yaml:2: prompts: must be a list of prompts, or a mapping of file, format, text, id, limit, not nothing"],
+    ),
+    "a number in quotes": (
+        GOOD + "batch: {prompts: '3'}\n",
+        ["batch.prompts: must be a whole number, not text `3`; write it without quotes"],
+    ),
+    "a variable in a flow mapping": (GOOD + "batch: {prompts: ${B:-3}}\n", ["spec.yaml:8: not YAML", "write its key on a line of its own"]),
     "tab": (GOOD.replace("  - input_ids: [4", "\t- input_ids: [4"), ["spec.yaml:4: not YAML", "tabs"]),
     "not a mapping": ("- one\n- two\n", ["spec.yaml:1: a spec is a mapping", "not a list"]),
     "empty": ("", ["spec.yaml:1: `model` is missing", "`prompts` is missing", "`save` is missing"]),
@@ -162,7 +185,10 @@ SPECS = {
     ),
     "no model": (GOOD.replace(TINY, "{seed: 1}"), ["spec.yaml:1: model: needs `name`", "`config`"]),
     "no model_type": (GOOD.replace("model_type: gpt2, ", ""), ["spec.yaml:1: model: config: needs `model_type`"]),
-    "a number for text": (GOOD.replace("output: out", "output: 3"), ["spec.yaml:7: output: must be text, not a number `3`"]),
+    "a number for text": (
+        GOOD.replace("output: out", "output: 3"),
+        ["spec.yaml:7: output: must be text, not a number `3`; write it in quotes"],
+    ),
     "prompts are text": (
         f"model: {TINY}\nprompts: data.jsonl\nsave: [transformer.wte.output]\noutput: out\n",
         ["spec.yaml:2: prompts: must be a list of prompts, or `file: data.jsonl`"],
@@ -1045,6 +1071,26 @@ def stream(*_, **__):
 engine.stream = stream
 main()
 """
+
+
+def test_ctrl_c_on_a_terminal_is_answered_at_once() -> None:
+    """A batch or a model that loads may go on for a while."""
+    Path("spec.yaml").write_text(GOOD)
+    screen, terminal = pty.openpty()
+    shown = ""
+
+    def wait_for_words(words: str) -> None:
+        nonlocal shown
+        while words not in shown:
+            assert select.select([screen], [], [], 60)[0], shown
+            shown += os.read(screen, 1000).decode()
+
+    with subprocess.Popen([sys.executable, "-c", SLEEPS, "run", "spec.yaml"], stdout=terminal, stderr=terminal) as process:
+        wait_for_words("in a batch")
+        process.send_signal(signal.SIGINT)
+        wait_for_words("stopping, and keeping what is done; Ctrl-C again stops at once")
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
 
 
 def test_ctrl_c_twice_ends_at_once() -> None:

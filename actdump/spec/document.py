@@ -84,14 +84,18 @@ class _Document:
         message = f"{self.name}:{line + 1}: not YAML: {error.problem or error.context}"
         lines = text.splitlines()
         near = lines[line] if line < len(lines) else ""
-        if re.search(r"[{\[].*\w\[", near):
+        if "\\t" in message or near.startswith("\t"):
+            message += "; YAML does not allow tabs for indentation"
+        elif "${" in near and "got '{'" in message:
+            message += "; `${…}` cannot stand inside {…} without quotes: write its key on a line of its own"
+        elif re.search(r"[{\[].*\w\[", near):
             message += f'; an address inside {{…}} or […] must be quoted, as in "model.layers[-1].output[0]": {near.strip()}'
         elif re.search(r":\s+-\s*$", near):
             message += '; standard input is written `file: "-"`, with quotes'
         elif "'?'" in message:
             message += "; text that holds ? must be quoted inside {…} or […]"
-        elif "\t" in near:
-            message += "; YAML does not allow tabs for indentation"
+        elif "<block end>" in message:
+            message += "; do the entries of this list, or the keys of this mapping, begin in the same column?"
         return message
 
     def _whole(self, root: Any, where: Where) -> Any:
@@ -141,6 +145,12 @@ class _Document:
 
     def _scalar(self, node: Any, where: Where) -> Any:
         text = node.value
+        if node.style is None and re.search(
+            r"\n\s*- ", node.start_mark.buffer[node.start_mark.pointer : node.end_mark.pointer]
+        ):
+            self._mistake(
+                self._line_of(node), "this text goes on with `- ` on another line: indent that as this, or quote all of it"
+            )
         if where[:1] != ("prompts",) or not any(isinstance(step, int) for step in where):  # a listed prompt is left as it is
             text = self._substituted(text, where)
         if node.style is not None:

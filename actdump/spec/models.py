@@ -256,6 +256,14 @@ def _prompts(value: Any) -> Any:
     return {"rows": value} if isinstance(value, list) else value
 
 
+def _template(value: str) -> str:
+    if "{{" not in value and "{%" not in value:
+        raise ValueError(
+            "holds no `{{` or `{%`, so it is no template; what stands here is the template itself, not the name of a file"
+        )
+    return value
+
+
 class TokenizerSpec(_Strict):
     """How text becomes token ids."""
 
@@ -263,7 +271,9 @@ class TokenizerSpec(_Strict):
     add_special_tokens: bool = True
     max_length: Count | None = Field(None, description="the most tokens a prompt may have; default: the model's limit")
     truncation: bool = Field(False, description="cut what is too long, instead of stopping with an error")
-    chat_template: str | None = Field(None, description="a Jinja template for `messages`, instead of the tokenizer's own")
+    chat_template: Annotated[str, AfterValidator(_template)] | None = Field(
+        None, description="a Jinja template for `messages`, instead of the tokenizer's own"
+    )
     add_generation_prompt: bool = Field(False, description="end `messages` with the start of the assistant's turn")
 
 

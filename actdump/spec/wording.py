@@ -1,5 +1,6 @@
 """What is wrong with a spec, in words: pydantic's complaints as a user of the spec would tell them."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from actdump.spec.models import BatchSpec, ModelSpec, PromptsSpec, SaveSpec, Sha
 _SECTIONS: dict[Where, type[BaseModel]] = {
     (): Spec, ("model",): ModelSpec, ("prompts",): PromptsSpec, ("tokenizer",): TokenizerSpec,
     ("batch",): BatchSpec, ("shard",): ShardSpec,
+}  # fmt: skip
+_SHORT_FORMS: dict[Where, str] = {
+    ("model",): "a name", ("prompts",): "a list of prompts", ("tokenizer",): "a name", ("save",): "a mapping of names to addresses",
 }  # fmt: skip
 LISTED = "rows"  # where a list of prompts stands once it is lifted into a mapping; users write the list alone
 _EXPECTED = {
@@ -57,7 +61,16 @@ def _told(errors: Sequence[Any], where: Where) -> list[str]:
 
 def _of_another_kind(error: Any, where: Where, kinds: str) -> str:
     keys = f" of {', '.join(_keys(where))}" if kinds == "a mapping" and where in _SECTIONS else ""
-    return f"{_key(where)}: must be {kinds}{keys}, not {kind_of(error['input'])} `{_short(error['input'])}`"
+    given, short = error["input"], f"{_SHORT_FORMS[where]}, or " if where in _SHORT_FORMS else ""
+    shown = "" if given is None else f" `{_short(given)}`"
+    return f"{_key(where)}: must be {short}{kinds}{keys}, not {kind_of(given)}{shown}{_about_quotes(given, kinds)}"
+
+
+def _about_quotes(given: Any, kinds: str) -> str:
+    if kinds == "text" and isinstance(given, int | float):
+        return "; write it in quotes"
+    numeral = isinstance(given, str) and re.fullmatch("[0-9]+", given) is not None
+    return "; write it without quotes" if numeral and kinds == "a whole number" else ""
 
 
 def _keys(section: Where) -> list[str]:

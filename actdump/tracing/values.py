@@ -131,7 +131,10 @@ class Proxy:
 
     def _check_open(self) -> None:
         if self._tracer.over:
-            raise TraceError(f"`{self._text()}` was not saved, so it is gone after the block; `.save()` it inside")
+            raise TraceError(
+                f"`{self._text()}` is a place, and not what was saved, so it is gone after the block; keep what `.save()` gives inside: "
+                "`kept = ….save()`"
+            )
 
     def _refuse(self, *_: object, **__: object) -> Any:
         self._check_open()
