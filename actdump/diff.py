@@ -97,7 +97,7 @@ class Difference:
 
 
 @dataclass
-class Some:
+class Counted:
     """Prompts, counted, and the first few by id."""
 
     count: int = 0
@@ -128,8 +128,8 @@ class Comparison:
 
     limits: Limits
     prompts: int
-    missing: tuple[Some, Some]
-    retokenised: Some
+    missing: tuple[Counted, Counted]
+    retokenised: Counted
     taps: tuple[Difference, ...]
     unlike: Mapping[str, str]
     alone: tuple[tuple[str, ...], tuple[str, ...]]
@@ -166,7 +166,7 @@ def compare(one: Dump, other: Dump, limits: Limits) -> Comparison:
     pairs = {name: (one[name].column, other[name].column) for name in shared}
     unlike = {name: why for name, pair in pairs.items() if (why := _unlike(*pair))}
     tallies = [_Tally(name, *pair, limits) for name, pair in pairs.items() if name not in unlike]
-    missing, retokenised, prompts = (Some(), Some()), Some(), 0
+    missing, retokenised, prompts = (Counted(), Counted()), Counted(), 0
     for id, place, there in _matched(one, other, missing):
         if not _same_tokens(one, place, other, there):
             retokenised.add(id)
@@ -178,7 +178,7 @@ def compare(one: Dump, other: Dump, limits: Limits) -> Comparison:
     return Comparison(limits, prompts, missing, retokenised, tuple(tally.result for tally in tallies), unlike, alone)
 
 
-def _matched(one: Dump, other: Dump, missing: tuple[Some, Some]) -> Iterator[tuple[str, int, int]]:
+def _matched(one: Dump, other: Dump, missing: tuple[Counted, Counted]) -> Iterator[tuple[str, int, int]]:
     """The prompts that are in both, with their numbers; the others are noted."""
     there = other.prompts.numbers
     for id, number in one.prompts.numbers.items():

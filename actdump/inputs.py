@@ -75,7 +75,7 @@ class Inputs:
                 raise DataError(f"{role.partition('/')[0]}: `{path}` changed while it was read; run again when it is complete")
 
     def changes(self, stamps: Stamps, hashes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-        """What other files play than those of earlier stamps and hashes: the part, and what became of it, in words.
+        """The roles whose file is new, gone or changed since these stamps and hashes, and which of it, in words.
 
         Only files whose stamp changed are read, each when its answer is asked for.
         """

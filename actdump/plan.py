@@ -80,7 +80,7 @@ class Column:
 
     Attributes:
         name: the name in the files.
-        address: the address as the user spelt it.
+        address: the address as the user spelt it; of a pattern's taps, the resolved one.
         resolved: the address with every index counted from the start.
         module: the class of the module.
         form: what the module returned or was given at the port, in words: `tensor`, `tuple of 2`.

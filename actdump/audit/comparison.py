@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from actdump.audit import alone
-from actdump.audit.alone import Alone, Noise, Place
+from actdump.audit.alone import Alone, Noise
 from actdump.audit.choice import Choice
 from actdump.audit.limits import errors, limit
+from actdump.audit.place import Place, find
 from actdump.errors import DataError
 from actdump.format import TOKENS
 from actdump.memory import reworded
@@ -97,7 +98,7 @@ def compare(dump: Dump, model: nn.Module, choice: Choice, check_stop: Callable[[
         DataError: a tap of the model holds something else than the dump says, or a shard cannot be read.
     """
     began = monotonic()
-    tallies = [_Tallying(place) for place in alone.find(model, dump.manifest.columns)]
+    tallies = [_Tallying(place) for place in find(model, dump.manifest.columns)]
     ids = {number: dump.shard_of(number).prompt(TOKENS, number).tolist() for number in choice.numbers}
     shortest = min(ids, key=lambda number: len(ids[number]))  # its forward goes to the end, the others stop at the last tap
     for number in ids:

@@ -50,7 +50,7 @@ def labelled(site: Site, tokens: Selection | None, dtype: str | None, alone: lis
             raise Unfit(f"it holds no values: {shape_text(axes)}")
         shape, dropped, least = _one_prompt(axes, index)
         bound = replace(
-            site, axes=axes, shape=shape, index=index, dropped=dropped, fewest=least, calls=len(alone), form=form(alone[call])
+            site, axes=axes, shape=shape, index=index, dropped=dropped, indexed=least, calls=len(alone), form=form(alone[call])
         )
         tap = bound.tap if bound.tap.tokens is not None else replace(bound.tap, tokens=tokens)
         if site.tap.tokens not in (None, "all") and bound.token_axis is None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from actdump.engine.agreement import REMEDY, filled, same_bits, verified
 from actdump.engine.axes import ALONE, TOGETHER, Fault, labelled
 from actdump.engine.hooks import Unfit, read, which_call
-from actdump.engine.site import Axis, Feed, Site, cut_out, fits
+from actdump.engine.site import Axis, Feed, Site, cut_out
 from actdump.engine.tiny import ROW, observe, ports, probe_ids
 from actdump.errors import AddressError, UsageError
 from actdump.tap import Selection
@@ -195,9 +195,10 @@ def _probed_value(site: Site, seen: list[Any], shape: tuple[int, int], row: int)
         value, _ = read(site.tap, seen[which_call(site, len(seen), len(seen))])
     except (Unfit, IndexError):
         return None
-    if not isinstance(value, Tensor) or not fits(site, value, shape):
+    axes = cast(tuple[Axis, ...], site.axes)
+    if not isinstance(value, Tensor) or value.shape != tuple(axis.size(*shape) for axis in axes):
         return None
-    return cut_out(value, cast(tuple[Axis, ...], site.axes), shape, row, ALONE[1])
+    return cut_out(value, axes, shape, row, ALONE[1])
 
 
 def _coarse(site: Site | None, value: Tensor | None) -> bool:

@@ -40,14 +40,14 @@ class Site:
 
     Attributes:
         tap: what to keep, with its resolved address.
-        spelled: the address as the user wrote it.
+        spelled: the address as the user wrote it; of a pattern's, the resolved one.
         module: the module at the address.
         axes: the axes of the tensor at the address, before its tensor indices; `None` where nobody probed, and then the
             value is taken as it is.
         shape: the axes of one prompt's value after the tensor indices, batch axis dropped, tokens not yet selected.
         index: the tensor indices of the address.
         dropped: where the batch axis stood in the indexed value; `None` where an index took it.
-        fewest: how many tokens a prompt needs for the tensor indices to be there.
+        indexed: how many tokens a prompt needs for the tensor indices to be there.
         calls: how often the module runs in a forward.
         form: what the port held, in words.
         layout: what one prompt gives.
@@ -60,7 +60,7 @@ class Site:
     shape: tuple[int | Slice, ...] = ()
     index: tuple[Item, ...] = ()
     dropped: int | None = None
-    fewest: int = 1
+    indexed: int = 1
     calls: int | None = None
     form: str = ""
     layout: Layout | None = None
@@ -93,7 +93,7 @@ class Site:
     def least(self) -> int:
         """How many tokens a prompt needs for every position that the tap names."""
         places = self.selection if isinstance(self.selection, tuple) else ()
-        return max([self.fewest, *(place + 1 if place >= 0 else -place for place in places)])
+        return max([self.indexed, *(place + 1 if place >= 0 else -place for place in places)])
 
     @cached_property
     def token_axis(self) -> int | None:
@@ -279,10 +279,6 @@ def bind(model: nn.Module, taps: Sequence[Tap], *, named: Sequence[bool] | None 
 
 def shape_text(axes: Sequence[Axis]) -> str:
     return "(" + ", ".join(map(str, axes)) + ")"
-
-
-def fits(site: Site, value: Tensor, shape: tuple[int, int]) -> bool:
-    return value.shape == tuple([axis.size(*shape) for axis in site.axes or ()])  # a list: it is quicker, in each hook
 
 
 def cut_out(value: Tensor, axes: Sequence[Axis], shape: tuple[int, int], row: int, length: int) -> Tensor:

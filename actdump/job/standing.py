@@ -24,7 +24,7 @@ class Explanation:
     """What a run of a spec would find in its folder.
 
     Attributes:
-        state: nothing that is in the way; this very dump, finished or not; another dump.
+        state: `new`, nothing is in the way; `unfinished` or `up to date`, it is this very dump; `stale`, it is another one.
         reasons: what makes it another dump.
     """
 

@@ -23,7 +23,7 @@ class Status:
 
     Attributes:
         complete: every part is done, and the dump is sealed.
-        sealed: it is sealed, and a run finds it up to date; but for what only a look into each record or shard can tell.
+        sealed: the manifest is there, and every shard with its size; what is in records and shards was not read.
         prompts, tokens: how many there are; `prompts_done`: those in parts that are done.
         parts: how many there are.
         done, missing: numbers of parts; a part in hand is in neither.

@@ -77,7 +77,6 @@ class _Forward:
     Attributes:
         kind: `None` where the forward is to run to its end, because it may write into its arguments, such as a cache.
         tokens: of a prompt; the kind of the model's own arguments says all.
-        state: what the model gets back after a prompt; its own arguments may change it for good.
     """
 
     args: tuple[Any, ...]
