@@ -295,6 +295,16 @@ def test_rows_in_any_order(kind, dump):
         dump["last block"].rows[kind([0, 31])]
 
 
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array], ids=lambda kind: kind.__name__)
+def test_rows_by_a_mask(kind, dump):
+    rows = dump["last block"].rows
+    wanted = [place % 3 == 0 for place in range(len(rows))]
+    assert torch.equal(rows[kind(wanted)], rows[::3])
+    with pytest.raises(IndexError, match="there are 31 rows, and the mask has 2 entries"):
+        rows[kind([True, False])]
+    assert repr(rows) == "Rows('last block': (31, 16), float32)"
+
+
 @pytest.mark.parametrize("name", ["last block", "pooled", "ends", "weights"])
 def test_a_row_knows_its_prompt(name, dump):
     values = dump[name]

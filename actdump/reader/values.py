@@ -80,11 +80,11 @@ class Rows:
         return (len(self), *self.column.layout.row)
 
     def __getitem__(self, key: "SupportsIndex | slice | Sequence[int] | torch.Tensor | np.ndarray") -> "torch.Tensor":
-        """One row, of shape (…); or a range of rows, or those of several numbers in any order, of shape (rows, …). They are copies, in
-        the storage type.
+        """One row, of shape (…); or a range of rows, those of several numbers in any order, or those that a mask of all rows wants, of
+        shape (rows, …). They are copies, in the storage type.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: there is no such row, or the mask has another length.
             ValueError: a slice runs backwards.
             TypeError: the key is something else.
             DataError: a shard is missing, or not whole.
@@ -107,6 +107,9 @@ class Rows:
             return pieces[0].clone()
         return torch.cat(pieces) if pieces else empty
 
+    def __repr__(self) -> str:
+        return f"Rows({self.column.name!r}: {self.shape}, {self.column.layout.dtype})"
+
     def where(self, row: int) -> tuple[int, int]:
         """The number of the prompt that a row belongs to, and which of the prompt's rows it is: with all tokens, its token.
 
@@ -126,10 +129,14 @@ class Rows:
         return number % len(self)
 
     def _places(self, key: Any) -> list[int]:
-        """The numbers of rows that were given in a list, a tensor or an array of one axis."""
+        """The numbers of rows that were given in a list, a tensor or an array of one axis, or those where it holds `True`."""
         import torch
 
         numbers = key.tolist() if isinstance(key, torch.Tensor) or hasattr(key, "__array__") else key
+        if isinstance(numbers, list) and numbers and all(isinstance(number, bool) for number in numbers):
+            if len(numbers) != len(self):
+                raise IndexError(f"there are {len(self)} rows, and the mask has {len(numbers)} entries")
+            return [place for place, wanted in enumerate(numbers) if wanted]
         if not isinstance(numbers, list | tuple | range) or not all(map(is_number, numbers)):
             raise TypeError(f"rows are taken by a number, a slice, or a list, tensor or array of numbers, not by {key!r}")
         return [self._place(index(number)) for number in numbers]
