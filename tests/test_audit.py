@@ -563,6 +563,8 @@ def test_the_choice_is_the_plans_and_one_is_padded_if_any_was(tmp_path):
     assert one.audit["prompts"] == two.audit["prompts"]
     assert one.audit["padded"] == [40]
     assert len(one.audit["prompts"]) == 2
+    ragged = job.run(spec(lengths=[9, 8, 8, 3, 8, 8, 9, 9], audit=1), tmp_path / "ragged").manifest
+    assert ragged.audit["padded"] == [3]
     even = job.run(spec(lengths=[5] * 12, audit=2), tmp_path / "even").manifest.audit
     assert len(even["prompts"]) == 2 and even["padded"] == []
     assert job.run(spec(audit=1000), tmp_path / "all").manifest.audit["prompts"] == list(range(len(LENGTHS)))

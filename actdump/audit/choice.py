@@ -1,8 +1,8 @@
-"""Which prompts are audited: as good as random, the same for the same plan, and one that was padded where any was."""
+"""Which prompts are audited: as good as random, the same for the same plan, and one that was padded much where any was."""
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,18 +25,19 @@ class Choice:
 
 
 def choose(dump: Dump, plan: Plan, count: int) -> Choice:
-    """Choose that many prompts by the plan's digest, or all where there are no more."""
+    """Choose that many prompts by the plan's digest, the most padded of a part among them; or all, where there are no more."""
 
     def lengths(part: Part) -> list[int]:
         each = (dump.shard_of(shard.first).offsets(TOKENS) for shard in part.shards)
         return [last - first for offsets in each for first, last in pairwise(offsets)]
 
     numbers = _drawn(plan, min(count, plan.prompts))
+    most = _most_padded(plan, lengths)
+    if numbers and most is not None and most not in numbers:
+        numbers[-1] = most
     firsts = [part.first for part in plan.parts]
     inside = {part.number: part for number in numbers for part in [plan.parts[bisect_right(firsts, number) - 1]]}
-    padded = {number for part in inside.values() for number in _padded(plan, part, lengths(part))}
-    if numbers and not padded.intersection(numbers) and (other := _any_padded(plan, lengths)) is not None:
-        numbers[-1], padded = other, {other}
+    padded = {number for part in inside.values() for number in _padding(plan, part, lengths(part))}
     return Choice(tuple(sorted(numbers)), tuple(sorted(padded.intersection(numbers))))
 
 
@@ -55,16 +56,19 @@ def _draw(plan: Plan, turn: int, below: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{plan.digest} {turn}".encode()).digest()) % below
 
 
-def _padded(plan: Plan, part: Part, lengths: Sequence[int]) -> Iterator[int]:
-    """The prompts of a part that are shorter than the longest of their batch."""
+def _padding(plan: Plan, part: Part, lengths: Sequence[int]) -> dict[int, int]:
+    """How many tokens fill up the rows of a part's prompts, of those that are shorter than the longest of their batch."""
+    found: dict[int, int] = {}
     for batch in batches(lengths, plan.budget):
         width = max(lengths[place] for place in batch)
-        yield from (part.first + place for place in batch if lengths[place] < width)
+        found |= {part.first + place: width - lengths[place] for place in batch if lengths[place] < width}
+    return found
 
 
-def _any_padded(plan: Plan, lengths: Callable[[Part], Sequence[int]]) -> int | None:
+def _most_padded(plan: Plan, lengths: Callable[[Part], Sequence[int]]) -> int | None:
+    """The prompt with the most padding of a part, by which a fault of padding shows best; `None` where no prompt has any."""
     start = _draw(plan, -1, len(plan.parts))
     for part in (*plan.parts[start:], *plan.parts[:start]):
-        if found := sorted(_padded(plan, part, lengths(part))):
-            return found[_draw(plan, -2, len(found))]
+        if found := _padding(plan, part, lengths(part)):
+            return max(found, key=lambda number: (found[number], number))
     return None
