@@ -48,7 +48,8 @@ class Dependencies:
             raise UsageError(f"--depfile: `{depfile}` is what the dump is made from; name another file")
         if place.is_relative_to(root) and Folder(root).written_by_us(place):
             raise UsageError(f"--depfile: `{depfile}` is a file of the dump itself; name another one")
-        store.check_writable(place.parent)
+        if not place.exists():  # a pipe or a device is written where it is, and so is nothing where the rules are as they were
+            store.check_writable(place.parent)
 
     def rules(self, target: Path) -> bytes:
         """The target's rule in make's syntax.

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+from contextlib import suppress
 from time import monotonic
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -86,7 +87,8 @@ class StopSignals:
             raise KeyboardInterrupt
         self._asked, self._interrupted = True, self._interrupted or number == signal.SIGINT
         if number == signal.SIGINT and os.isatty(2):  # at once, amid whatever is being written
-            os.write(2, b"\nstopping, and keeping what is done; Ctrl-C again stops at once\n")
+            with suppress(OSError):  # of a terminal that is gone: what is raised here is raised amid the run
+                os.write(2, b"\nstopping, and keeping what is done; Ctrl-C again stops at once\n")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():

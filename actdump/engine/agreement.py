@@ -49,7 +49,7 @@ def verified(run: Site | Fault, alone: Tensor | None, batch: Tensor | None, wide
     return run
 
 
-def moved(one: Tensor, other: Tensor) -> Tensor:
+def _moved(one: Tensor, other: Tensor) -> Tensor:
     """Which vectors differ in any bit."""
     return (_vectors(one) != _vectors(other)).any(1)
 
@@ -64,7 +64,7 @@ def filled(alone: Tensor | None, batch: Tensor | None, other: Tensor | None) -> 
     if alone is None or batch is None or other is None or alone.shape != batch.shape or not alone.is_floating_point():
         return False
     alone, batch, other = alone.cpu(), batch.cpu(), other.cpu()
-    concerned, error, apart = moved(batch, other), _errors(alone, batch), _errors(batch, other)
+    concerned, error, apart = _moved(batch, other), _errors(alone, batch), _errors(batch, other)
     still = error[~concerned]
     wide = alone.dtype in (torch.float32, torch.float64)
     if not wide and not len(still):

@@ -63,7 +63,11 @@ def check_writable(*folders: Path) -> None:
 
 
 def _standing_folder(path: Path) -> Path:
-    """The nearest folder above a path that is there."""
+    """The nearest folder above a path that is there.
+
+    Raises:
+        StorageError: a file stands where a folder would.
+    """
     place = standing_place(path)
     if not place.is_dir():
         raise StorageError(f"{path}: cannot be made, because {place} is a file")
