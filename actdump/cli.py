@@ -286,10 +286,13 @@ def tree(
         from actdump.spec import model_spec
 
         console.start_logging(quiet=False)
-        is_spec = Path(model).is_file() or Path(model).suffix in (".yaml", ".yml")
+        path = Path(model)
+        is_spec = path.is_file() or path.suffix in (".yaml", ".yml")
+        if is_spec and path.suffix not in (".yaml", ".yml") and (path.parent / "config.json").is_file():
+            raise UsageError(f"`{model}` is a file of a model; name the folder that holds it: `{path.parent}`")
         if sets and not is_spec:
             raise UsageError(f"--set changes a spec, and `{model}` is none; write a spec, or leave it out")
-        wanted = _load(Path(model), sets, None).model if is_spec else model_spec(model, {})
+        wanted = _load(path, sets, None).model if is_spec else model_spec(model, {})
         found = list(job.modules(wanted, grep=grep, depth=depth))
         if not found:
             near = f" down to a depth of {depth} (--depth)" if depth is not None else ""

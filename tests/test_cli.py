@@ -249,6 +249,13 @@ def test_tree() -> None:
     assert "--set changes a spec" in actdump("tree", "models/x", "--set", "model.task=base", code=2).stderr
 
 
+def test_tree_of_a_file_of_a_model(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"{\xff}")
+        said = actdump("tree", str(tmp_path / name), code=2).stderr
+        assert f"is a file of a model; name the folder that holds it: `{tmp_path}`" in said.replace("\n", "")
+
+
 def test_show_and_verify() -> None:
     actdump("run", "spec.yaml")
     said = actdump("show", "out")

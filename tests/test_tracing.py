@@ -328,6 +328,12 @@ def test_wrong_places_after_a_port(model, modules):
         model.transformer.h[0].output[[0, 1]]
 
 
+@pytest.mark.parametrize("prompt", [[1] * 40, [[1] * 40, [2] * 3]], ids=["one", "several"])
+def test_a_prompt_that_is_too_long_for_the_model_is_told(model, prompt):
+    with pytest.raises(TraceError, match="of 40 tokens, of which its config allows 32: IndexError"), model.trace(prompt):
+        model.transformer.h[0].output.save()
+
+
 # ----------------------------------------------------------------------------------------------- calls, order, early stop
 
 

@@ -1,7 +1,7 @@
 """Models and tokenizers: the only importer of transformers."""
 
 from actdump.model.loading import avoid_faulty_amx, drawn, fingerprint, load, other_weights, pick_device, skeleton
-from actdump.model.source import Source, find
+from actdump.model.source import Source, find, positions
 from actdump.model.tokenizer import load_tokenizer, tokenise
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "load_tokenizer",
     "other_weights",
     "pick_device",
+    "positions",
     "skeleton",
     "tokenise",
 ]

@@ -89,18 +89,23 @@ class Source:
 
     @property
     def positions(self) -> int | None:
-        """The most tokens that the model's position table or training allows, where its config tells."""
-        text = self.config.get_text_config()
-        for name in ("max_position_embeddings", "max_encoder_position_embeddings", "n_positions", "max_seq_len"):
-            if isinstance(limit := getattr(text, name, None), int) and limit > 0:
-                return limit - self._first_position
-        return None
+        """The most tokens of a prompt (see `positions`)."""
+        return positions(self.config)
 
-    @property
-    def _first_position(self) -> int:
-        """Where the model's code begins to count: after the place of padding in models made after RoBERTa, which say so by a name."""
-        padding = getattr(self.config, "pad_token_id", None)
-        return padding + 1 if "create_position_ids_from_input_ids" in _code(self.config) and isinstance(padding, int) else 0
+
+def positions(config: Any) -> int | None:
+    """The most tokens that a model's position table or training allows, where its config tells."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "max_encoder_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(limit := getattr(text, name, None), int) and limit > 0:
+            return limit - _first_position(config)
+    return None
+
+
+def _first_position(config: Any) -> int:
+    """Where the model's code begins to count: after the place of padding in models made after RoBERTa, which say so by a name."""
+    padding = getattr(config, "pad_token_id", None)
+    return padding + 1 if "create_position_ids_from_input_ids" in _code(config) and isinstance(padding, int) else 0
 
 
 def find(spec: ModelSpec, made: str | None = None) -> Source:

@@ -33,7 +33,7 @@ def load(path: Path, sets: Sequence[str] = ()) -> Spec:
     except IsADirectoryError:
         raise MissingError(f"{path} is a folder; a spec is a YAML file") from None
     except UnicodeDecodeError as error:
-        raise SpecError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise SpecError(f"{path}: not UTF-8 text, which a spec is: {error.reason} at byte {error.start}") from None
     document = _Document(str(path), {**os.environ, "SPEC_DIR": str(path.resolve().parent)})
     document.read(text)
     for override in sets:

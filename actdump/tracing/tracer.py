@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from actdump.address import Address
 from actdump.engine import Feed, Site, bind, capture, capture_whole, feed_for, probe
-from actdump.errors import AddressError, TraceError, UsageError
+from actdump.errors import ActdumpError, AddressError, TraceError, UsageError
 from actdump.plan import Batch, Budget, batches
 from actdump.state import State, writes_to
 from actdump.tap import Tap
@@ -195,8 +195,31 @@ class Tracer:
         self.traced.forget_if_changed()
         try:
             return run(self.traced, cast(Any, self._work), taps)
+        except ActdumpError:
+            raise
+        except Exception as error:
+            _check_length(self.traced.module, self._work, error)
+            raise
         finally:
             self.traced.left = _Standing.of(self.traced.module)
+
+
+def _check_length(model: nn.Module, work: _Forward | _Prompts, error: Exception) -> None:
+    """Tell a forward that failed on a prompt with more tokens than the model's config allows.
+
+    Raises:
+        TraceError: there is such a prompt.
+    """
+    from actdump.model import positions
+
+    config = getattr(model, "config", None)
+    limit = positions(config) if hasattr(config, "get_text_config") else None
+    tokens = work.tokens if isinstance(work, _Forward) else max(map(len, work))
+    if limit is not None and tokens > limit:
+        raise TraceError(
+            f"{type(model).__name__} does not run on a prompt of {tokens:,} tokens, of which its config allows {limit:,}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _run_whole(traced: Traced, forward: _Forward, taps: Sequence[Tap]) -> list[Any]:
