@@ -4,10 +4,10 @@ import hashlib
 import json
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 from actdump.address import Slice
@@ -16,6 +16,11 @@ ITEM_BYTES = {
     "float64": 8, "int64": 8, "uint64": 8, "float32": 4, "int32": 4, "uint32": 4, "float16": 2, "bfloat16": 2, "int16": 2,
     "uint16": 2, "int8": 1, "uint8": 1, "bool": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
 }  # fmt: skip
+
+
+FORWARD = (
+    10  # what a forward costs beside its tokens, as a share of a full batch; about that was measured, on CPUs and on a GPU
+)
 
 
 @dataclass(frozen=True)
@@ -276,9 +281,9 @@ def prompt_bytes(columns: Sequence[Column], length: int) -> int:
 def batches(lengths: Sequence[int], budget: Budget) -> list[list[int]]:
     """Cut the prompts of a part into batches: places in `lengths`, longest first, up to the budget of padded tokens.
 
-    Of the cuts after the last prompt of a length, or where a batch is full, it is the one that costs least, if each forward costs a
-    tenth of the budget beside its tokens: about that was measured, on CPUs and on a GPU. Cut only where batches are full, prompts of
-    5 to 400 tokens have a sixth to a third more padding. The cut is the same wherever it is made: by length, then by place.
+    Of the cuts after the last prompt of a length, or where a batch is full, it is the one that costs least (see `FORWARD`). Cut only
+    where batches are full, prompts of 5 to 400 tokens have a sixth to a third more padding. The cut is the same wherever it is made: by
+    length, then by place.
     """
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     count = len(order)
@@ -292,13 +297,27 @@ def batches(lengths: Sequence[int], budget: Budget) -> list[list[int]]:
         width = lengths[place]
         full = min(count, begin + max(1, min(budget.prompts or count, budget.tokens // width)))
         for end in (*ends[bisect_right(ends, begin) : bisect_left(ends, full)], full):
-            best[end] = min(best[end], (before + width * (end - begin) + budget.tokens / 10, begin))
+            best[end] = min(best[end], (before + width * (end - begin) + budget.tokens / FORWARD, begin))
     cut: list[list[int]] = []
     while count:
         _, begin = best[count]
         cut.append(order[begin:count])
         count = begin
     return cut[::-1]
+
+
+def widest(lengths: Iterable[int], budget: Budget) -> int:
+    """How many tokens wide a batch with padding can be, at most, however the prompts stand in parts; 0 where none has padding.
+
+    `batches` puts no two lengths together that lie further apart than what a forward costs.
+    """
+    different = sorted(set(lengths), reverse=True)
+    near = (
+        longer
+        for longer, shorter in pairwise(different)
+        if 2 * longer <= budget.tokens and longer - shorter <= budget.tokens / FORWARD
+    )
+    return next(near, 0) if budget.prompts != 1 else 0
 
 
 def padded(lengths: Sequence[int], cut: Sequence[Sequence[int]]) -> int:

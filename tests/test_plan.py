@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actdump.address import Slice
-from actdump.plan import Batch, Budget, Column, Layout, Part, Span, batches, digest, make, padded, parts, prompt_bytes
+from actdump.plan import Batch, Budget, Column, Layout, Part, Span, batches, digest, make, padded, parts, prompt_bytes, widest
 
 ROWS = Layout((Slice(), 8), "float32")
 COLUMN = Column("x", "h[-1].output", "h[1].output", "Block", "tensor", "all", None, ("batch", "token", "8"), ROWS)
@@ -71,6 +71,27 @@ def test_no_cut_at_full_batches_costs_less(lengths, budget):
 def test_a_batch_ends_where_padding_would_cost_more_than_another_forward():
     assert batches([100, 100, 10, 10, 10], Budget(1000)) == [[0, 1], [2, 3, 4]]
     assert batches([100, 100, 90, 90, 90], Budget(1000)) == [[0, 1, 2, 3, 4]]
+
+
+@given(st.lists(lengths, min_size=1, max_size=3), budgets)
+def test_no_batch_with_padding_is_wider_than_the_widest(parts, budget):
+    cut = [[part[place] for place in batch] for part in parts for batch in batches(part, budget)]
+    most = max((max(batch) for batch in cut if min(batch) < max(batch)), default=0)
+    assert most <= widest([length for part in parts for length in part], budget)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "width"),
+    [
+        ([5, 8, 400], Budget(1000), 8),  # 400 has a forward of its own
+        ([5, 8, 60, 150], Budget(1000), 150),
+        ([5, 8, 600], Budget(1000), 8),  # a batch has no place for two so long
+        ([8, 8, 8], Budget(1000), 0),
+        ([5, 8], Budget(1000, prompts=1), 0),
+    ],
+)
+def test_the_widest_batch_with_padding(lengths, budget, width):
+    assert widest(lengths, budget) == width
 
 
 def test_padded_counts_the_padding():

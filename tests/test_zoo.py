@@ -572,6 +572,29 @@ def test_what_a_model_keeps_of_a_prompt_reaches_no_other(what, front, tmp_path):
         assert errors(value, alone, 1).max() < TOLERANCE
 
 
+LATER = {
+    # Both take another path for the wider batches, and keep no trace of it.
+    "mscale": replace(FAMILIES["llama"], kind="phimoe", config=FAMILIES["llama"].config | {
+        "num_local_experts": 2, "num_experts_per_tok": 2, "max_position_embeddings": 256, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32, "short_mscale": 1.0,
+            "long_mscale": 1.5}}),
+    "chunks": replace(KEEPING["buckets"][0], config=KEEPING["buckets"][0].config | {"num_buckets": 4, "lsh_attn_chunk_length": 16}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LATER)
+def test_what_begins_in_wide_batches_is_refused_where_a_try_costs_little(what, tmp_path):
+    """By the audit, or not at all, in a run of fewer prompts."""
+    lengths = [length for length in range(2, 61, 2) for _ in range(16)]
+    spec = {"model": {"config": LATER[what].settings, "seed": 0, "task": "causal-lm"}, "batch": {"tokens": 240}, "audit": 0}
+    asked = {**spec, "prompts": [{"input_ids": ids} for ids in random_ids(lengths, 60)], "save": ["lm_head.output"]}
+    with pytest.raises(AddressError, match="not the value of the prompt run alone"):
+        made(tmp_path / "out", **asked)
+    assert not list(tmp_path.glob("out/*"))
+    made(tmp_path / "out", **asked | {"batch": {"prompts": 1}})
+    made(tmp_path / "short", **asked | {"prompts": [each for each in asked["prompts"] if len(each["input_ids"]) < 16]})
+
+
 def test_prompts_of_the_original_length_share_a_forward():
     """`longrope` puts its other table into an attribute in every forward, also where it is not used."""
     model = KEEPING["longrope"][0].build()

@@ -12,7 +12,7 @@ from actdump.engine.dice import Dice
 from actdump.engine.measure import Measured
 from actdump.engine.outline import outline
 from actdump.engine.padded import Padded, positions
-from actdump.engine.probe import probe
+from actdump.engine.probe import probe, probe_width
 from actdump.engine.rows import Rows
 from actdump.engine.site import Feed, Site, bind, feed_for
 from actdump.engine.tiny import try_out
@@ -37,6 +37,7 @@ __all__ = [
     "outline",
     "positions",
     "probe",
+    "probe_width",
     "stream",
     "try_out",
     "twin",

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from actdump.engine.agreement import REMEDY, filled, same_bits, verified
 from actdump.engine.axes import ALONE, TOGETHER, Fault, labelled
+from actdump.engine.capture import stream
 from actdump.engine.hooks import Unfit, read, which_call
 from actdump.engine.site import Axis, Feed, Site, cut_out
 from actdump.engine.tiny import ROW, observe, ports, probe_ids
-from actdump.errors import AddressError, UsageError
+from actdump.errors import ActdumpError, AddressError, UsageError
+from actdump.plan import Batch
 from actdump.tap import Selection
 
 FEW = 16  # different numbers in the value of a prompt of ALONE
@@ -112,12 +114,55 @@ def _probe(
             _row_values(found, observe(model, sites, feed, ids[name], _mask(together), like=batch))
             for name in ("changed", "filled")
         ]
-    wide = all(weight.dtype in (torch.float32, torch.float64) for weight in model.parameters())
+    wide = _is_wide(model)
     checked = tuple(verified(*each, wide) for each in zip(runs, alone_values, batches[0], strict=True))
     if masked:
         checked = _unfilled(model, feed, ids, checked, batches)
     reads_pad = masked and _reads_pad(model, found, feed, ids["alone"])
     return Probe(checked, replace(feed, masked=masked, reads_pad=reads_pad))
+
+
+def probe_width(model: nn.Module, sites: Sequence[Site], feed: Feed, width: int) -> None:
+    """Compare a prompt alone and in a batch of two that is so many tokens wide; the other prompt is this one, again and again.
+
+    It shows what begins beyond the width of the probe's batches: rotary tables of another kind, buckets, experts that are full. What
+    ends such a forward is told by the run, which has batches like it.
+
+    Args:
+        sites: probed sites.
+
+    Raises:
+        AddressError: taps whose value there is another; the message lists them all.
+    """
+    if width <= TOGETHER[1]:
+        return
+    prompt = probe_ids(feed)["alone"]
+    long = prompt.repeat(1, -(-width // ALONE[1]))[:, :width]
+    short = torch.full_like(long, feed.pad)
+    short[:, : ALONE[1]] = prompt
+    mask = torch.ones((2, width), dtype=torch.long)
+    mask[1, ALONE[1] :] = 0
+    # The forwards end as those of a run do: when every site was called as often as in the probe.
+    like = None if any(site.late for site in sites) else [[None] * cast(int, site.calls) for site in sites]
+    try:
+        alone = observe(model, sites, feed, prompt, like=like)
+        batch = observe(model, sites, feed, torch.cat([long, short]), mask if feed.masked else None, like=like)
+    except ActdumpError:
+        return
+    values = zip(_row_values(sites, alone, ALONE, 0), _row_values(sites, batch, (2, width), 1), strict=True)
+    wide = _is_wide(model)
+    checked = (verified(site, *pair, wide) for site, pair in zip(sites, values, strict=True))
+    if faults := [str(run) for run in checked if isinstance(run, Fault)]:
+        both = Batch((0, 1), tuple(tuple(ids.tolist()) for ids in (long[0], prompt[0])))
+        with torch.no_grad():
+            together = stream(model, sites, feed, both, lambda _: None)
+        if together:  # and not, as a run does where a forward leaves traces, one by one
+            raise AddressError("\n".join(faults))
+
+
+def _is_wide(model: nn.Module) -> bool:
+    """Whether a model computes in wide floats throughout."""
+    return all(weight.dtype in (torch.float32, torch.float64) for weight in model.parameters())
 
 
 def _mask(ids: Tensor) -> Tensor:

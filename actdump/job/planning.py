@@ -1,7 +1,7 @@
 """From prompts to a plan in the folder. Mistakes in addresses and prompts are found before the weights are loaded."""
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,11 +15,14 @@ from actdump.job.feeding import cut, tokenised, tokenizer_for
 from actdump.job.repair import look_over
 from actdump.job.standing import standing
 from actdump.job.underway import Job
-from actdump.plan import Plan, digest, make
+from actdump.plan import Plan, digest, make, widest
 from actdump.spec import ModelSpec, Spec
 
 if TYPE_CHECKING:
     from actdump.model import Source
+
+
+LITTLE = 100  # a try costs little, if all prompts have so many times its tokens
 
 
 @contextmanager
@@ -177,6 +180,7 @@ def take_in(
             intake.add(prompts, ids)
         bound = bound or loaded(job, source)
         _try_longest(bound, max(intake.lengths, default=0))
+        _try_widest(job.spec, bound, intake.lengths)
         parts = cut(job.spec, bound, intake.lengths, job.stdin)
         shards = tuple(shard for part in parts for shard in part.shards)
         intake.place(shards)
@@ -230,6 +234,20 @@ def _try_longest(bound: Bound, tokens: int) -> None:
             f"tokenizer.max_length: the longest prompt has {tokens:,} tokens, the model's config allows {limit:,}, and more do not "
             f"run: {error}; use at most {limit:,}, with `truncation: true` to cut what is longer"
         ) from error
+
+
+def _try_widest(spec: Spec, bound: Bound, lengths: Sequence[int]) -> None:
+    """Where it costs little beside the run, see that a prompt's value is its own in batches as wide as the widest with padding.
+
+    Raises:
+        AddressError: taps whose value is another there.
+    """
+    from actdump import engine
+
+    width = widest(lengths, budget_for(spec, bound))
+    if 0 < 2 * width * LITTLE <= sum(lengths):
+        with engine.any_shape():
+            engine.probe_width(bound.module, bound.sites, bound.feed, width)
 
 
 def _taken_in(facts: Mapping[str, Any]) -> str:
