@@ -206,22 +206,10 @@ def _unlike(one: Column, other: Column) -> str | None:
     return None
 
 
-def _token_axis(column: Column) -> int | None:
-    """The axis of a prompt's value that counts tokens."""
-    dims = column.layout.dims
-    if not column.tokens.startswith("["):
-        return next((place for place, dim in enumerate(dims) if isinstance(dim, Slice)), None)
-    inner = [axis for axis in column.axes if axis != "batch"]
-    inner = inner[1:] if inner[0] == "1" and len(inner) > len(dims) else inner  # a table, the same for all prompts
-    if len(inner) != len(dims):
-        return None  # an index took an axis; the value is compared as a whole
-    return next((place for place, axis in enumerate(inner) if "token" in axis.split("*")), None)
-
-
-def _token(column: Column, axis: int | None, row: int, tokens: int) -> int | None:
+def _token(column: Column, row: int, tokens: int) -> int | None:
     """Which of a prompt's tokens a row belongs to."""
-    if axis is not None:
-        dim = column.layout.dims[axis]
+    if column.token_axis is not None:
+        dim = column.layout.dims[column.token_axis]
         return dim.of(tokens)[row] if isinstance(dim, Slice) else int(json.loads(column.tokens)[row]) % tokens
     if not any("token" in name for name in column.axes):
         return None
@@ -262,7 +250,7 @@ class _Tally:
 
     def __init__(self, name: str, one: Column, other: Column, limits: Limits) -> None:
         self.name, self.columns, self.limits = name, (one, other), limits
-        self.axis = _token_axis(one)
+        self.axis = one.token_axis
         self.floating = any("float" in column.layout.dtype for column in self.columns)
         self.errors = _Errors()
         self.tokens = self.values = self.beyond = self.differing = self.nonfinite = 0
@@ -291,7 +279,7 @@ class _Tally:
                 row = int(beyond.int().argmax())
                 element = int(parted[row].int().argmax())
                 values = _number(rows[start + row, element]), _number(others[start + row, element])
-                token = _token(self.columns[0], self.axis, start + row, len(one.shard_of(place).prompt(TOKENS, place)))
+                token = _token(self.columns[0], start + row, len(one.shard_of(place).prompt(TOKENS, place)))
                 self.first = Parting(id, token, self._index(first.shape, start + row, element), values)
 
     def _index(self, shape: Sequence[int], row: int, element: int) -> tuple[int, ...]:

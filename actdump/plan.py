@@ -93,6 +93,7 @@ class Column:
         call: which call of the module, where it runs more than once.
         axes: the axes of what the module holds, in words: `("batch", "token", "768")`.
         layout: what one prompt gives.
+        token_axis: the axis of a prompt's value that counts its tokens, the query's in attention; `None` where the value is one whole.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Column:
     call: int | None
     axes: tuple[str, ...]
     layout: Layout
+    token_axis: int | None = None
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def _compare(
     dtypes = {parameter.dtype for parameter in model.parameters()}
     for at, (tally, value, computed) in enumerate(zip(tallies, plain.values, plain.computed, strict=True)):
         stored = Values(dump, tally.place.column)[number]
-        found = errors(stored, value, tally.place.rows)
+        found = errors(stored, value, tally.place.column.token_axis)
         tally.limit = limit(computed, dtypes, value.dtype)
         tally.errors.append(found)
         if (found > tally.limit).any():
@@ -179,7 +179,7 @@ def _unsteady(
     found = []
     for at, seen in doubtful.items():
         tally = tallies[at]
-        apart = errors(again.values[at], plain.values[at], tally.place.rows)
+        apart = errors(again.values[at], plain.values[at], tally.place.column.token_axis)
         if (apart > tally.limit).any():
             found.append(at)
             tally.wrong += int((seen > tally.limit).sum())
@@ -240,7 +240,7 @@ def _movement(
         moved = alone.run(model, places, ids, noise=Noise(seed, scale))
         for at in doubtful:
             value = moved.values[at]
-            seen = errors(value, plain.values[at], places[at].rows)
+            seen = errors(value, plain.values[at], places[at].column.token_axis)
             usual = float(seen.median()) if value.is_floating_point() else inf
             before = moves.get(at, _Movement(seen, usual))
             moves[at] = _Movement(

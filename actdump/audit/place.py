@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from actdump.address import Address, Child, Every, Index, Item, Nth, Slice, Some, Step, parse, path_text
+from actdump.address import Address, Child, Every, Index, Nth, Some, Step, parse, path_text
 from actdump.errors import AddressError
 from actdump.plan import Column
 
@@ -25,40 +25,9 @@ class Place:
         """The axis of what the module holds that counts tokens; the query's, in attention."""
         return next((place for place, name in enumerate(self.column.axes) if "token" in name.split("*")), None)
 
-    @property
-    def rows(self) -> int | None:
-        """The axis of a prompt's stored value that counts tokens; `None` where the value is one whole."""
-        if self.column.tokens.startswith("["):
-            return self._row_axis
-        ragged = [at for at, dim in enumerate(self.column.layout.dims) if isinstance(dim, Slice)]
-        return ragged[0] if ragged and self.column.tokens not in ("first", "last", "mean") else None
-
-    @property
-    def _row_axis(self) -> int | None:
-        """Where the axis that counts tokens stands in a stored value of chosen tokens. Which items index the tensor is not known, only
-        how many axes they leave."""
-        items, dims = self.address.items, self.column.layout.dims
-        left = (self._left(items[first:]) for first in range(len(items), -1, -1))
-        return next((axes.index(self.axis) for axes in left if len(axes) == len(dims) and self.axis in axes), None)
-
-    def _left(self, items: Sequence[Item]) -> list[int]:
-        """The axes of what the module holds that are left of a prompt's value where these items index it; none where they cannot."""
-        axes, left = self.column.axes, list(range(len(self.column.axes)))
-        for item in items:
-            given = item.entries if isinstance(item, Index) else (item.number,) if isinstance(item, Nth) else ()
-            place = given.index(...) if ... in given else len(given)
-            rest = len(left) - len(given) + (... in given)
-            if rest < 0 or not given:
-                return []
-            entries = [*given[:place], *[...] * rest, *given[place + 1 :]]
-            left = [axis for axis, entry in zip(left, entries, strict=True) if not isinstance(entry, int)]
-        shared = [0] if len(left) > len(self.column.layout.dims) else []  # (1, token, …), the same for all prompts
-        batch = [axes.index("batch")] if "batch" in axes else shared
-        return [axis for axis in left if axis not in batch]
-
     def words(self, row: int, tokens: int) -> str:
         """Which token a row of a prompt's value is about."""
-        if self.rows is None:
+        if self.column.token_axis is None:
             return {"first": "token 0", "last": f"token {tokens - 1}", "mean": "the mean of its tokens"}.get(
                 self.column.tokens, "its value"
             )

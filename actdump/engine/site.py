@@ -144,6 +144,7 @@ class Site:
             call=self.tap.call,
             axes=tuple(map(str, self.axes)),
             layout=self.layout,
+            token_axis=None if self.selection in ("first", "last", "mean") else self.token_axis,
         )
 
 
