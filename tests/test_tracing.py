@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, register_module_forward_hook
 from transformers import (
     AlbertConfig,
     AlbertModel,
@@ -1035,6 +1036,7 @@ class Gated(nn.Module):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(()))
         self.ahead_too, self.loops = True, 1
+        self.settings = SimpleNamespace(more={"gate": 0.0})
         self.step = nn.Linear(8, 8)
 
     def forward(self, hidden, mask):
@@ -1042,7 +1044,8 @@ class Gated(nn.Module):
             hidden = self.step(hidden)
         real = torch.ones(hidden.shape[:2]) if mask is None else mask
         total = (hidden * real[..., None]).cumsum(1)
-        return hidden + self.gate * (total[:, -1:] if self.ahead_too else total)
+        gate = self.gate + self.settings.more["gate"]
+        return hidden + gate * (total[:, -1:] if self.ahead_too else total)
 
 
 class Mixing(nn.Module):
@@ -1078,8 +1081,41 @@ def look_ahead(module):
     module.layers[1].ahead_too = True
 
 
-@pytest.mark.parametrize("change", [open_gate, load_gate, other_layer, look_ahead, lambda module: module.double()])
-def test_a_model_that_is_changed_between_traces_is_probed_again(change):
+def open_gate_uncounted(module):
+    module.layers[0].gate.data.fill_(1)
+
+
+def set_gate(module):
+    module.layers[0].settings.more["gate"] = 1.0
+
+
+def add_total(_, args, result):
+    hidden, mask = args
+    return result + (hidden if mask is None else hidden * mask[..., None]).sum(1, keepdim=True)
+
+
+def steer(module):
+    module.layers[0].register_forward_hook(add_total)
+
+
+def steer_everywhere(module):
+    """With a hook that torch keeps for all modules."""
+    register_module_forward_hook(lambda layer, *rest: add_total(layer, *rest) if layer is module.layers[0] else None)
+
+
+def patch(module):
+    real = module.layers[0].forward
+    module.layers[0].forward = lambda *args: add_total(None, args, real(*args))
+
+
+CHANGES = [
+    open_gate, load_gate, open_gate_uncounted, other_layer, look_ahead, set_gate, steer, steer_everywhere, patch, nn.Module.double
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_is_changed_between_traces_is_probed_again(change, request):
+    request.addfinalizer(_global_forward_hooks.clear)
     torch.manual_seed(0)
     module = Mixing().eval()
     model = wrap(module)
@@ -1092,6 +1128,18 @@ def test_a_model_that_is_changed_between_traces_is_probed_again(change):
             alone = module(torch.tensor([prompt])).detach()
             assert value.dtype == alone.dtype
             torch.testing.assert_close(value, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_are_put_aside_and_back_are_noticed():
+    module = Mixing().eval()
+    module.layers[0].gate.data.fill_(1)
+    model, gate = wrap(module), module.layers[0].gate
+    for opened in (0.0, 1.0):
+        gate.data.fill_(opened)
+        with torch.no_grad(), model.trace(SEVERAL):
+            saved = model.layers[-1].output.save()
+    for prompt, value in zip(SEVERAL, saved, strict=True):
+        torch.testing.assert_close(value, module(torch.tensor([prompt])).detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("prompts", [[5, 3], SEVERAL])

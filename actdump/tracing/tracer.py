@@ -14,8 +14,9 @@ from actdump.address import Address
 from actdump.engine import Feed, Site, bind, capture, capture_whole, feed_for, probe
 from actdump.errors import ActdumpError, AddressError, TraceError, UsageError
 from actdump.plan import Batch, Budget, batches
-from actdump.state import State, writes_to
+from actdump.state import State
 from actdump.tap import Tap
+from actdump.tracing.standing import Standing
 from actdump.tracing.values import Saved
 
 BUDGET = Budget(tokens=4096)  # padded tokens that several prompts of one trace share in a forward
@@ -30,6 +31,7 @@ class Traced:
         calls: how often a module ran in forwards on that kind of input, once counted, by the number of tokens.
         probed: sites with their axes, and how to run the model for them, by address, call and autocast type.
         left: the model as the last trace left it; what was counted and probed holds as long as nobody changes it.
+        weights: the first values of each weight when the model was last probed, for those who write past torch's count of writes.
     """
 
     module: nn.Module
@@ -37,37 +39,22 @@ class Traced:
     open: "Tracer | None" = None
     calls: dict[tuple[object, ...], dict[int, int]] = field(default_factory=dict)
     probed: dict[tuple[object, ...], tuple[Site, Feed]] = field(default_factory=dict)
-    left: "_Standing | None" = None
+    left: Standing | None = None
+    weights: str | None = None
 
     def forget_if_changed(self) -> None:
         """Forget what was counted and probed, where somebody changed the model since the last trace."""
-        if self.left is None or self.left.facts != _Standing.of(self.module).facts:
+        if self.left is None or self.left.facts != Standing.of(self.module).facts:
             self.calls.clear()
             self.probed.clear()
 
+    def forget_if_overwritten(self) -> None:
+        """Forget what was probed, where somebody wrote into the weights through `.data`."""
+        from actdump.model import fingerprint
 
-@dataclass(frozen=True)
-class _Standing:
-    """What a model consists of: modules with their plain attributes, weights and buffers. What is written through `.data` is not seen.
-
-    Attributes:
-        parts: the modules and tensors, held so that no other one comes to the same identity.
-    """
-
-    facts: list[object]
-    parts: list[object]
-
-    @staticmethod
-    def of(model: nn.Module) -> "_Standing":
-        modules, tensors = list(model.modules()), [*model.parameters(), *model.buffers()]
-        facts = [(id(each), *_plain(each)) for each in modules]
-        contents = [(id(each), writes_to(each), each.dtype, each.device) for each in tensors]
-        return _Standing([*facts, *contents, *_plain(getattr(model, "config", None))], [*modules, *tensors])
-
-
-def _plain(owner: object) -> list[object]:
-    attributes = getattr(owner, "__dict__", {})
-    return [(name, value) for name, value in attributes.items() if isinstance(value, bool | int | float | str)]
+        before, self.weights = self.weights, fingerprint(self.module)
+        if self.weights != before:
+            self.probed.clear()
 
 
 @dataclass(frozen=True)
@@ -201,7 +188,7 @@ class Tracer:
             _check_length(self.traced.module, self._work, error)
             raise
         finally:
-            self.traced.left = _Standing.of(self.traced.module)
+            self.traced.left = Standing.of(self.traced.module)
 
 
 def _check_length(model: nn.Module, work: _Forward | _Prompts, error: Exception) -> None:
@@ -251,6 +238,7 @@ def _calls(counts: Mapping[int, int], tokens: int) -> int | None:
 
 def _run_each(traced: Traced, prompts: _Prompts, taps: Sequence[Tap]) -> list[list[Tensor]]:
     """For each tap, the value of each prompt as it would be alone."""
+    traced.forget_if_overwritten()
     sites, feed = _probed(traced, taps)
     for site in sites:
         if short := [number for number, prompt in enumerate(prompts) if len(prompt) < site.least]:
