@@ -126,6 +126,15 @@ class Address:
         return any(isinstance(step, Some | Every) for step in self.module)
 
 
+def nth(held: Mapping[Any, Any], number: int) -> Any:
+    """What `[number]` is of a mapping: the entry of that key where keys are numbers; else the one in that place, as of a `ModelOutput`.
+
+    Raises:
+        LookupError: there is none.
+    """
+    return held[number] if any(isinstance(key, int) for key in held) else list(held.values())[number]
+
+
 def path_text(steps: Iterable[Step]) -> str:
     """A module path as text: `transformer.h[-1]`."""
     return "".join(written(step) for step in steps).removeprefix(".")

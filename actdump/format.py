@@ -20,7 +20,7 @@ from actdump.plan import ITEM_BYTES, Budget, Column, Layout, Part, Plan, Span, m
 from actdump.statistics import Statistics, statistics_from_json, statistics_to_json
 
 T = TypeVar("T")
-VERSION = 1
+VERSION = 2
 
 CODES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "int16": "I16",

@@ -105,7 +105,7 @@ class Column:
     call: int | None
     axes: tuple[str, ...]
     layout: Layout
-    token_axis: int | None = None
+    token_axis: int | None
 
 
 @dataclass(frozen=True)

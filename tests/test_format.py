@@ -19,7 +19,16 @@ NAMES = ["h[0].output[0]", "naïve \"quoted\" 名", "a/b", "out put"]  # fmt: sk
 
 def column(name, dims, dtype):
     return Column(
-        name, "h[-1].output", "h[1].output", "Block", "tuple of 2", "[0, -1]", -1, ("batch", "token", "3"), Layout(dims, dtype)
+        name,
+        "h[-1].output",
+        "h[1].output",
+        "Block",
+        "tuple of 2",
+        "[0, -1]",
+        -1,
+        ("batch", "token", "3"),
+        Layout(dims, dtype),
+        None,
     )
 
 
@@ -105,8 +114,27 @@ def manifest():
 def test_json_and_back(value, write, read):
     text = json.dumps(write(value))
     assert read(json.loads(text)) == value
-    with pytest.raises(DataError, match="this is format 99; this actdump reads format 1, so use the version that wrote it"):
+    with pytest.raises(
+        DataError, match=f"this is format 99; this actdump reads format {form.VERSION}, so use the version that wrote it"
+    ):
         read({**json.loads(text), "format": 99})
+
+
+def test_a_changed_key_is_another_format():
+    """The keys of format 2: whoever changes them changes the version, too."""
+    found = {
+        "plan": form.plan_to_json(plan()),
+        "manifest": form.manifest_to_json(manifest()),
+        "record": form.shard_to_json(SHARD),
+        "column": form.column_to_json(COLUMNS[0]),
+    }
+    assert form.VERSION == 2
+    assert {name: " ".join(sorted(value)) for name, value in found.items()} == {
+        "plan": "budget columns digest facts format parts",
+        "manifest": "audit bytes columns digest facts format made prompts shards statistics tokens",
+        "record": "bytes digest first format number prompts rows sha256 statistics tokens written",
+        "column": "address axes call dims dtype form module name resolved token_axis tokens",
+    }
 
 
 @pytest.mark.parametrize(

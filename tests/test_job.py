@@ -638,7 +638,7 @@ from actdump.format import Folder
 root = Path(sys.argv[1])
 source = model.find(spec.ModelSpec(config={"model_type": "gpt2"}))
 layout = plan.Layout((plan.Slice(), 768), "float32")
-column = plan.Column("a", "a.output", "a.output", "Block", "tensor", "all", None, ("batch", "token", "768"), layout)
+column = plan.Column("a", "a.output", "a.output", "Block", "tensor", "all", None, ("batch", "token", "768"), layout, 0)
 for count in (2_000, 200_000):
     place = root / str(count)
     place.mkdir()

@@ -9,7 +9,7 @@ from actdump.address import Slice
 from actdump.plan import Batch, Budget, Column, Layout, Part, Span, batches, digest, make, padded, parts, prompt_bytes, widest
 
 ROWS = Layout((Slice(), 8), "float32")
-COLUMN = Column("x", "h[-1].output", "h[1].output", "Block", "tensor", "all", None, ("batch", "token", "8"), ROWS)
+COLUMN = Column("x", "h[-1].output", "h[1].output", "Block", "tensor", "all", None, ("batch", "token", "8"), ROWS, 0)
 PARTS = (Part(0, (Span(0, 0, 3, 12, 999),)), Part(1, (Span(1, 3, 1, 4, 333),)))
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=80)
 budgets = st.builds(Budget, st.integers(1, 400), st.none() | st.integers(1, 9))

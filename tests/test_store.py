@@ -34,7 +34,16 @@ IDS = [np.arange(length, dtype=np.int32) + 10 * place for place, length in enume
 
 def column(name, dims, dtype):
     return Column(
-        name, f"{name}.output", f"{name}.output", "Linear", "tensor", "all", None, ("batch", "token", "2"), Layout(dims, dtype)
+        name,
+        f"{name}.output",
+        f"{name}.output",
+        "Linear",
+        "tensor",
+        "all",
+        None,
+        ("batch", "token", "2"),
+        Layout(dims, dtype),
+        None,
     )
 
 

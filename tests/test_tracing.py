@@ -235,6 +235,30 @@ def test_items_index_the_value_of_the_prompt(modules, name, items):
         same(value, expected(ids), exactly=False)
 
 
+class Numbered(nn.Module):
+    def forward(self, input_ids):
+        return {1: input_ids + 1.0, 0: input_ids + 0.5}
+
+
+@pytest.mark.parametrize("prompts", [[5, 3], SEVERAL])
+def test_a_number_is_a_key_where_keys_are_numbers(prompts):
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vocabulary, self.inner = nn.Embedding(40, 2), Numbered()
+
+        def forward(self, input_ids):
+            return self.inner(input_ids)
+
+    model = wrap(Holder())
+    with model.trace(prompts):
+        saved = model.inner.output[0].save()
+    for value, prompt in zip(saved.value if prompts is SEVERAL else [saved.value], SEVERAL, strict=False):
+        assert value.tolist() == [[number + 0.5 for number in prompt]]
+    with pytest.raises(AddressError, match="leads nowhere"), model.trace(prompts):
+        model.inner.output[-1].save()
+
+
 def test_keys_and_attributes_pick_from_a_structure(model, gpt2):
     with model.trace(PROMPT):
         key, attribute, last = model.output["logits"].save(), model.output.logits.save(), model.output.logits[:, -1].save()

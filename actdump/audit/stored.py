@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from actdump.address import Child, Index, Item, Key, Nth, Slice, written
+from actdump.address import Child, Index, Item, Key, Nth, Slice, nth, written
 from actdump.audit.place import Place, picked
 from actdump.errors import DataError
 
@@ -38,7 +38,7 @@ def follow(place: Place, calls: Sequence[Any]) -> tuple[Tensor, list[Item]]:
 def _entry(held: Any, item: Item) -> Any:
     match item:
         case Nth(number):
-            return (list(held.values()) if isinstance(held, Mapping) else held)[number]
+            return nth(held, number) if isinstance(held, Mapping) else held[number]
         case Key(key) | Child(key) if isinstance(held, Mapping):
             return held[key]
         case Child(name):

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from actdump.address import Child, Index, Item, Key, Nth, Slice, written
+from actdump.address import Child, Index, Item, Key, Nth, Slice, nth, written
 from actdump.engine.site import Site
 from actdump.tap import Tap
 
@@ -101,7 +101,7 @@ def _entry(value: Any, item: Item, held: Any) -> Any:
     try:
         match item:
             case Nth(number) if isinstance(value, Mapping):
-                return list(value.values())[number]
+                return nth(value, number)
             case Nth(number) if isinstance(value, tuple | list):
                 return value[number]
             case Key(key) if isinstance(value, Mapping):

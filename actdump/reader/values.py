@@ -1,8 +1,10 @@
 """The values of a tap: of each prompt, and as rows across prompts."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from operator import index, itemgetter
+from itertools import pairwise
+from operator import index
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 from actdump.format import TOKENS
@@ -137,17 +139,29 @@ class Rows:
             if len(numbers) != len(self):
                 raise IndexError(f"there are {len(self)} rows, and the mask has {len(numbers)} entries")
             return [place for place, wanted in enumerate(numbers) if wanted]
-        if not isinstance(numbers, list | tuple | range) or not all(map(is_number, numbers)):
+        if not isinstance(numbers, list | range) or not all(map(is_number, numbers)):
             raise TypeError(f"rows are taken by a number, a slice, or a list, tensor or array of numbers, not by {key!r}")
         return [self._place(index(number)) for number in numbers]
 
     def _gathered(self, places: Sequence[int]) -> "torch.Tensor":
+        """Rows in the order of their numbers in `places`, taken together from each shard."""
         import torch
 
         rows = torch.empty((len(places), *self.column.layout.row), dtype=getattr(torch, self.column.layout.dtype))
-        for target, place in sorted(enumerate(places), key=itemgetter(1)):  # shard by shard
-            rows[target] = next(self._pieces(place, place + 1))[0]
+        numbers, targets = torch.tensor(places, dtype=torch.long).sort()
+        bounds = torch.searchsorted(numbers, torch.tensor(self._firsts)).tolist()
+        for place, (begin, end) in enumerate(pairwise(bounds)):
+            if begin < end:
+                first, last = self._firsts[place : place + 2]
+                there = self._bytes(self.dump.shard_at(place).rows(self.column.name, 0, last - first))
+                self._bytes(rows)[targets[begin:end]] = there[numbers[begin:end] - first]
         return rows
+
+    def _bytes(self, rows: "torch.Tensor") -> "torch.Tensor":
+        """Rows as bytes, which torch can gather, whatever their type is."""
+        import torch
+
+        return rows.reshape(len(rows), math.prod(self.column.layout.row)).view(torch.uint8)
 
     def _pieces(self, first: int, last: int) -> "Iterator[torch.Tensor]":
         """The rows from one number to another, as each shard has them."""

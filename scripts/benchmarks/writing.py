@@ -53,7 +53,7 @@ def _plan(prompts: int) -> tuple[Plan, Array]:
 
 def _column(name: str) -> Column:
     layout = Layout((Slice(None, None, None), WIDTH), "bfloat16")
-    return Column(name, name, name, "Block", "tensor", "all", None, ("batch", "token", str(WIDTH)), layout)
+    return Column(name, name, name, "Block", "tensor", "all", None, ("batch", "token", str(WIDTH)), layout, 0)
 
 
 def written(plan: Plan, lengths: Array, source: Array, root: Path) -> None:
