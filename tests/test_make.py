@@ -327,7 +327,28 @@ def test_status_counts_parts_done_and_missing():
     for words in ("damaged", "--repair", "4 of 6", "1: 1"):
         assert words in said
     Path("out/plan.json").unlink()
-    assert "no plan.json" in actdump("status", "out", code=66).stderr
+    assert "its plan.json is gone" in actdump("status", "out", code=65).stderr
+    Path("empty").mkdir()
+    assert "no plan.json" in actdump("status", "empty", code=66).stderr
+
+
+PLANNING = """
+from pathlib import Path
+from actdump import store
+from actdump.format import Folder
+with store.Crew(Folder(Path("out"))) as crew, crew.deciding(lambda: None):
+    print("planning", flush=True)
+    input()
+"""
+
+
+def test_status_while_the_plan_is_made():
+    with subprocess.Popen([sys.executable, "-c", PLANNING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "planning\n"
+        said = actdump("status", "out", code=75).stderr
+        worker.communicate("\n", timeout=60)
+    assert "its plan is still being made" in said
 
 
 WORKING = """

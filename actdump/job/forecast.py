@@ -43,17 +43,17 @@ class Forecast:
 def forecast(spec: Spec, watcher: Watcher | None = None, root: Path | None = None) -> Forecast:
     """Plan a run and write nothing."""
     watcher = watcher or Silent()
-    watcher.step("reading the model's config")
-    bound, weighed = survey(spec, watcher=watcher)
-    budget = budget_for(spec, bound)
-    tokenizer = tokenizer_for(spec, bound.source, watcher)
-    watcher.step("tokenising")
     lengths = array("i")
     with standard_input(spec) as stdin:
         sources = inputs.of(spec, stdin)
         _ = sources.stamps  # they are there
+        watcher.step("reading the model's config")
+        bound, weighed = survey(spec, watcher=watcher)
+        tokenizer = tokenizer_for(spec, bound.source, watcher)
+        watcher.step("tokenising")
         for _, ids in tokenised(spec, bound.source, tokenizer, stdin):
             lengths.extend(map(len, ids))
+        budget = budget_for(spec, bound)
         plan = make({}, bound.columns, cut(spec, bound, lengths, stdin), budget)
         folder = _found(spec, root, sources) if root is not None else None
     size = computed = count = 0

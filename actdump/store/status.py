@@ -1,11 +1,13 @@
 """How far a dump is, from its folder alone: parts that are done, in hand, or missing."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
-from actdump.errors import MissingError
+from actdump.errors import ActdumpError, DataError, MissingError, Stopped
 from actdump.format import Folder
 from actdump.store.crew import at_work
-from actdump.store.standing import complete, done, load_plan
+from actdump.store.locks import Lock
+from actdump.store.standing import complete, done, load_plan, origins
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def status(folder: Folder) -> Status:
 
     Raises:
         MissingError: there is none.
-        DataError: its plan cannot be read.
+        DataError: its plan is gone or cannot be read.
+        Stopped: its plan is still being made.
     """
     if folder.root.is_file():
         raise MissingError(f"{folder.root} is a file; name the folder of a dump")
@@ -54,7 +57,7 @@ def status(folder: Folder) -> Status:
         raise MissingError(f"{folder.root}: there is no such folder")
     loaded = load_plan(folder)
     if loaded is None:
-        raise MissingError(f"{folder.root}: it holds no dump, or one whose plan is still being made (there is no plan.json)")
+        raise _planless(folder)
     plan, _ = loaded
     finished = {part.number: part for part in plan.parts if done(folder, part, plan.digest)}
     working = tuple(Hand(part, *who) for part, who in sorted(at_work(folder).items()) if part not in finished)
@@ -71,3 +74,13 @@ def status(folder: Folder) -> Status:
         working,
         tuple(part.number for part in plan.parts if part.number not in finished and part.number not in held),
     )
+
+
+def _planless(folder: Folder) -> ActdumpError:
+    """Why a folder has no plan."""
+    if origins(folder):
+        return DataError(f"{folder.root}: its plan.json is gone; `actdump run --repair` makes it again")
+    with suppress(OSError):
+        if Lock.is_taken(folder.lock):
+            return Stopped(f"{folder.root}: its plan is still being made")
+    return MissingError(f"{folder.root}: it holds no dump (there is no plan.json)")
