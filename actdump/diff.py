@@ -2,9 +2,11 @@
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from actdump.address import Slice
 from actdump.errors import UsageError, few
@@ -165,7 +167,8 @@ def compare(one: Dump, other: Dump, limits: Limits) -> Comparison:
     shared = [name for name in one.names if name in other.names]
     pairs = {name: (one[name].column, other[name].column) for name in shared}
     unlike = {name: why for name, pair in pairs.items() if (why := _unlike(*pair))}
-    tallies = [_Tally(name, *pair, limits) for name, pair in pairs.items() if name not in unlike]
+    alike = [name for name in pairs if name not in unlike]
+    tallies = [_Tally(name, *pairs[name], limits, PIECE // len(alike)) for name in alike]
     missing, retokenised, prompts = (Counted(), Counted()), Counted(), 0
     for id, place, there in _matched(one, other, missing):
         if not _same_tokens(one, place, other, there):
@@ -174,6 +177,8 @@ def compare(one: Dump, other: Dump, limits: Limits) -> Comparison:
         prompts += 1
         for tally in tallies:
             tally.take(id, one, place, other, there)
+    for tally in tallies:
+        tally.settle()
     alone = tuple(name for name in one.names if name not in pairs), tuple(name for name in other.names if name not in pairs)
     return Comparison(limits, prompts, missing, retokenised, tuple(tally.result for tally in tallies), unlike, alone)
 
@@ -245,10 +250,29 @@ class _Errors:
         return min(math.exp((place - ONE + 0.5) * WIDTH), self.worst)
 
 
-class _Tally:
-    """The comparison of one tap, growing by a prompt at a time."""
+class _Prompt(NamedTuple):
+    """A prompt's value in two dumps, a row a token.
 
-    def __init__(self, name: str, one: Column, other: Column, limits: Limits) -> None:
+    Attributes:
+        tokens: how many the prompt has.
+        shape: of its value.
+    """
+
+    id: str
+    tokens: int
+    shape: Sequence[int]
+    rows: "Tensor"
+    others: "Tensor"
+
+
+class _Tally:
+    """The comparison of one tap, growing by a prompt at a time.
+
+    Args:
+        most: how many values wait, about, until they are compared.
+    """
+
+    def __init__(self, name: str, one: Column, other: Column, limits: Limits, most: int) -> None:
         self.name, self.columns, self.limits = name, (one, other), limits
         self.axis = one.token_axis
         self.floating = any("float" in column.layout.dtype for column in self.columns)
@@ -257,18 +281,33 @@ class _Tally:
         self.largest = self.sum = self.cosines = 0.0
         self.cosine = 1.0
         self.first: Parting | None = None
+        self._waiting: list[_Prompt] = []
+        self._values, self._most = 0, most
 
     def take(self, id: str, one: Dump, place: int, other: Dump, there: int) -> None:
-        """Compare the values of a prompt, a number of tokens at a time."""
-        import torch
-
+        """Take a prompt in; it is compared when there is enough to compare, because many prompts at once take no longer than one."""
         first, second = (
             Values(dump, column)[at] for dump, column, at in zip((one, other), self.columns, (place, there), strict=True)
         )
         rows, others = by_token(first, self.axis), by_token(second, self.axis)
+        if self._waiting and rows.shape[1] != self._waiting[0].rows.shape[1]:
+            self.settle()
+        self._waiting.append(_Prompt(id, len(one.shard_of(place).prompt(TOKENS, place)), first.shape, rows, others))
+        self._values += rows.numel()
+        if self._values >= self._most:
+            self.settle()
+
+    def settle(self) -> None:
+        """Compare the prompts that wait, a number of tokens at a time."""
+        import torch
+
+        if not self._waiting:
+            return
+        prompts, self._waiting, self._values = self._waiting, [], 0
+        rows, others = torch.cat([each.rows for each in prompts]), torch.cat([each.others for each in prompts])
         self.tokens += len(rows)
         self.values += rows.numel()
-        if not rows.numel() or (first.dtype == second.dtype and torch.equal(rows, others)):
+        if not rows.numel() or (rows.dtype == others.dtype and torch.equal(rows, others)):
             self.errors.zeros += len(rows)
             self.cosines += len(rows)
             return
@@ -277,10 +316,15 @@ class _Tally:
             beyond, parted = self._piece(rows[start : start + step], others[start : start + step])
             if self.first is None and beyond.any():
                 row = int(beyond.int().argmax())
-                element = int(parted[row].int().argmax())
-                values = _number(rows[start + row, element]), _number(others[start + row, element])
-                token = _token(self.columns[0], start + row, len(one.shard_of(place).prompt(TOKENS, place)))
-                self.first = Parting(id, token, self._index(first.shape, start + row, element), values)
+                self.first = self._parting(prompts, start + row, int(parted[row].int().argmax()))
+
+    def _parting(self, prompts: "Sequence[_Prompt]", row: int, element: int) -> Parting:
+        """An element of a row of several prompts, one after another, as a place in its prompt."""
+        ends = list(accumulate(len(each.rows) for each in prompts))
+        prompt = prompts[bisect_right(ends, row)]
+        row -= ends[bisect_right(ends, row)] - len(prompt.rows)
+        values = _number(prompt.rows[row, element]), _number(prompt.others[row, element])
+        return Parting(prompt.id, _token(self.columns[0], row, prompt.tokens), self._index(prompt.shape, row, element), values)
 
     def _index(self, shape: Sequence[int], row: int, element: int) -> tuple[int, ...]:
         """The place in a prompt's value of an element of one of its rows."""

@@ -11,9 +11,8 @@ def is_number(key: object) -> TypeGuard[SupportsIndex]:
     """Whether a key is one number: torch takes a tensor of one axis with one element for one, and a truth value, as Python does."""
     if type(key) is int:  # the protocol takes five microseconds to look at
         return True
-    if isinstance(key, bool) or getattr(key, "ndim", 0) or str(getattr(key, "dtype", "")).endswith("bool"):
-        return False
-    return isinstance(key, SupportsIndex)
+    truth = isinstance(key, bool) or str(getattr(key, "dtype", "")).endswith("bool")
+    return isinstance(key, SupportsIndex) and not truth and not getattr(key, "ndim", 0)
 
 
 def prompt_number(key: SupportsIndex | str, dump: "Dump") -> int:
