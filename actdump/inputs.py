@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EACCES
 from functools import cached_property
 from pathlib import Path
 from threading import Event
@@ -42,6 +43,8 @@ class Inputs:
             status = path.stat()
         except OSError as error:
             raise MissingError(f"{role.partition('/')[0]}: `{path}`: {error.strerror}") from None
+        if not os.access(path, os.R_OK):  # libraries that read it say that it is not there
+            raise MissingError(f"{role.partition('/')[0]}: `{path}`: {os.strerror(EACCES)}")
         return [status.st_size, status.st_mtime_ns]
 
     @contextmanager

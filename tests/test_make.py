@@ -299,8 +299,10 @@ def test_explain_of_what_is_no_dump():
     Path("out").mkdir()
     Path("out/mine").touch()
     assert "holds other things (mine)" in actdump("explain", "spec.yaml", code=73).stderr
+    Path("out/mine").unlink()
     Path("out/plan.json").write_text("{")
-    assert "not a plan" in actdump("explain", "spec.yaml", code=65).stderr
+    for command in ("explain", "run"):
+        assert "(plan.json), but a plan.json that is not actdump's" in actdump(command, "spec.yaml", code=73).stderr
     Path("prompts.jsonl").unlink()
     actdump("explain", "spec.yaml", "-o", "new", code=66)
     actdump("explain", "nowhere.yaml", code=66)

@@ -524,6 +524,27 @@ def test_a_model_folder_with_a_broken_config() -> None:
     assert nothing_left()
 
 
+@pytest.mark.parametrize("output", ["folder", "folder/../folder"])
+def test_the_models_own_folder_as_output(output: str) -> None:
+    save_tiny(Path("folder"))
+    before = sorted(path.name for path in Path("folder").iterdir())
+    said = run(GOOD.replace(TINY, "folder"), "-o", output, "--overwrite")
+    assert said.code == 73
+    assert f"{output} is the model's own folder; choose another output" in said.err
+    assert sorted(path.name for path in Path("folder").iterdir()) == before
+
+
+def test_weights_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads them says that they are not there."""
+    save_tiny(Path("folder"))
+    real = os.access  # root may read whatever the mode says
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).suffix != ".safetensors" and real(path, mode))
+    said = run(GOOD.replace(TINY, "folder"))
+    assert said.code == 66
+    assert "model: `folder/model.safetensors`: Permission denied" in said.err
+    assert nothing_left()
+
+
 @pytest.mark.parametrize("device", ["cuda:77", "gpu"])
 def test_a_device_that_is_not_there(device: str) -> None:
     said = run(GOOD.replace("seed: 0", f"device: '{device}'"))
@@ -1034,7 +1055,7 @@ def test_a_run_that_waits_for_standard_input_stops_soon() -> None:
     print(err)
     assert process.returncode == 75
     assert out == ""
-    assert err == "error: out: stopped before the end; the same command goes on with it\n"
+    assert err == "error: out: stopped before the end, with nothing written yet; the same command goes on with it\n"
     assert nothing_left()
 
 
@@ -1050,7 +1071,7 @@ def test_a_run_that_is_told_to_stop_while_it_starts_hears_of_it(number: signal.S
     print(err)
     assert process.returncode == 75
     assert out == ""
-    assert err.endswith("error: out: stopped before the end; the same command goes on with it\n")
+    assert err.endswith("error: out: stopped before the end, with nothing written yet; the same command goes on with it\n")
     assert nothing_left()
 
 

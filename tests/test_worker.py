@@ -258,7 +258,7 @@ def no_locks(monkeypatch):
 def test_without_locks_a_worker_says_so_once_and_keeps_to_its_own_share(no_locks, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("actdump.job.sharing.PATIENCE", 0.5)
     spec, root = make_spec(30, shard={"tokens": 40}), tmp_path / "out"
-    with pytest.raises(Stopped, match=r"parts of others are not; the same command goes on"):
+    with pytest.raises(Stopped, match=r"parts of others are not, with \d+ of 30 prompts kept; the same command goes on"):
         job.run(spec, root, worker=Worker(0, 2))
     assert [record.message for record in caplog.records] == [
         f"{root}: this file system has no locks, so every worker keeps to its own share"
@@ -515,7 +515,9 @@ def test_a_signal_stops_a_run_while_the_model_loads(number, written, tmp_path):
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (75, "")
-    assert err.splitlines() == [f"error: {tmp_path / 'out'}: stopped before the end; the same command goes on with it"]
+    assert err.splitlines() == [
+        f"error: {tmp_path / 'out'}: stopped before the end, with nothing written yet; the same command goes on with it"
+    ]
     assert not (tmp_path / "out").exists()
 
 
@@ -536,8 +538,10 @@ def test_a_run_that_waits_for_another_worker_stops_too(written, tmp_path):
 def test_a_run_stops_by_itself_and_goes_on(spec, whole, written, tmp_path):
     root = tmp_path / "out"
     slow = command(written, "-o", root, "--stop-after", "5s", program=SLOW)
-    slow.communicate(timeout=60)
+    _, err = slow.communicate(timeout=60)
     assert slow.returncode == 75
+    kept = sum(json.loads(path.read_text())["prompts"] for path in (root / "shards").glob("*.json"))
+    assert f"stopped before the end, with {kept or 'none'} of " in err
     rest = command(written, "-o", root, "--stop-after", "1h")
     rest.communicate(timeout=60)
     assert rest.returncode == 0

@@ -8,7 +8,7 @@ from time import monotonic
 from typing import Any, Literal
 
 from actdump import inputs, reader, store
-from actdump.errors import DataError
+from actdump.errors import DataError, Stopped
 from actdump.format import Folder, Manifest
 from actdump.job.bound import Bound
 from actdump.job.capturing import write_parts
@@ -64,16 +64,29 @@ def run(
         ActdumpError: see the subclasses.
     """
     began, folder = monotonic(), Folder(root)
-    with standard_input(spec, lambda: check_stop(folder, stopping)) as stdin:
-        sources = inputs.of(spec, stdin)
-        job = Job(spec, folder, sources, stdin, worker or Worker(), overwrite, watcher or Silent(), stopping, began, repair)
-        found = standing(job)
-        if repair and found is not None:
-            look_over(job, found)
-        if found is not None and not job.damage.faults and store.complete(job.folder, found):
-            return _ended(job, "up to date")
-        store.check_writable(job.folder.root, job.folder.shards)
-        return _go_on(job)
+    try:
+        with standard_input(spec, lambda: check_stop(folder, stopping)) as stdin:
+            sources = inputs.of(spec, stdin)
+            job = Job(spec, folder, sources, stdin, worker or Worker(), overwrite, watcher or Silent(), stopping, began, repair)
+            found = standing(job)
+            if repair and found is not None:
+                look_over(job, found)
+            if found is not None and not job.damage.faults and store.complete(job.folder, found):
+                return _ended(job, "up to date")
+            store.check_writable(job.folder.root, job.folder.shards)
+            return _go_on(job)
+    except Stopped as stop:
+        raise Stopped(f"{stop}, {_kept(folder)}; the same command goes on with it") from None
+
+
+def _kept(folder: Folder) -> str:
+    """What a run that was stopped leaves, in words."""
+    if not folder.plan.exists():
+        return "with nothing written yet"
+    status = store.status(folder)
+    if not status.prompts_done:
+        return f"with none of {status.prompts:,} prompts kept, because parts are kept whole (smaller ones with `shard: {{tokens: …}}`)"
+    return f"with {status.prompts_done:,} of {status.prompts:,} prompts kept"
 
 
 def _sealed(job: Job, plan: Plan, bound: Bound, crew: store.Crew, around: Mapping[str, Any]) -> bool:

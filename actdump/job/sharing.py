@@ -57,9 +57,7 @@ def _waited(job: Job, crew: store.Crew, parts: Sequence[Part], since: float | No
         job.watcher.step("waiting for other workers")
         since = monotonic()
     if not crew.locks and monotonic() - since > PATIENCE:
-        raise Stopped(
-            f"{job.folder.root}: this worker's share is done, and {len(parts)} parts of others are not; the same command goes on"
-        )
+        raise Stopped(f"{job.folder.root}: this worker's share is done, and {len(parts)} parts of others are not")
     job.check_stop()
     sleep(store.WAIT)
     return since

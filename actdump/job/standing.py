@@ -52,8 +52,9 @@ def found(spec: Spec, folder: Folder, sources: inputs.Inputs) -> Explanation:
         StorageError: where the folder would be made is a file.
         DataError: its plan cannot be read, or the spec wants finite values alone, and others are there.
     """
+    _check_apart(folder, sources)
+    store.check_free(folder, overwrite=False)
     if (loaded := store.load_plan(folder)) is None:
-        store.check_free(folder, overwrite=False)
         return Explanation("new")
     plan, stamps = loaded
     if reasons := tuple(islice(_reasons(spec, sources, plan, stamps), MOST + 1)):
@@ -87,6 +88,7 @@ def check_finite(spec: Spec, folder: Folder, made: Iterable[Mapping[str, Statist
 def standing(job: Job) -> Plan | None:
     """The plan in the folder, if it is that of this very spec; `None` where a new one is to be made."""
     spec, folder, overwrite = job.spec, job.folder, job.overwrite
+    _check_apart(folder, job.sources)
     store.check_free(folder, overwrite=overwrite, repair=job.repair)
     try:
         loaded = store.load_plan(folder)
@@ -107,6 +109,16 @@ def standing(job: Job) -> Plan | None:
             f"{folder.root} holds another dump: {differs}; choose another output, or replace it with --overwrite"
         )
     return None
+
+
+def _check_apart(folder: Folder, sources: inputs.Inputs) -> None:
+    """Raises:
+    OccupiedError: the folder is the model's or the tokenizer's, of which a dump's files would become a part.
+    """
+    for role, path in sources.files.items():
+        whose, _, name = role.partition("/")
+        if name and path.parent.resolve() == folder.root.resolve():
+            raise OccupiedError(f"{folder.root} is the {whose}'s own folder; choose another output")
 
 
 def _reasons(spec: Spec, sources: inputs.Inputs, plan: Plan, stamps: inputs.Stamps) -> Iterator[str]:

@@ -79,7 +79,7 @@ def check_stop(folder: Folder, stopping: Callable[[], bool]) -> None:
     Stopped: asked to stop.
     """
     if stopping():
-        raise Stopped(f"{folder.root}: stopped before the end; the same command goes on with it")
+        raise Stopped(f"{folder.root}: stopped before the end")
 
 
 def patiently(do: Callable[[], T], check_stop: Callable[[], None]) -> T:

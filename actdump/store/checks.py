@@ -33,11 +33,12 @@ def check_free(folder: Folder, *, overwrite: bool, repair: bool = False) -> None
             raise OccupiedError(
                 f"{root} holds other things ({', '.join(sorted(foreign)[:3])}); choose an empty or a new folder"
             )
-        if not ours and any(path.exists() for path in (folder.plan, folder.manifest, folder.prompts, folder.shards)):
+        named = [path.name for path in (folder.plan, folder.manifest, folder.prompts, folder.shards) if path.exists()]
+        if named and not ours:
             plan = "a plan.json that is not actdump's" if folder.plan.exists() else "no plan.json"
             remedy = "if it is this spec's dump, run with --repair" if origins(folder) else "remove them"
             raise OccupiedError(
-                f"{root} holds files with the names of a dump's, but {plan}; choose another folder, or {remedy}"
+                f"{root} holds files with the names of a dump's ({', '.join(named)}), but {plan}; choose another folder, or {remedy}"
             )
     _standing_folder(root)
 
