@@ -429,6 +429,15 @@ def test_too_long_is_an_error_or_cut(source: model.Source, words: Path) -> None:
     assert [len(found) for found in ids(long, source, words, truncation=True, max_length=5)] == [5, 5]
 
 
+def test_messages_and_ids_are_cut_where_the_tokenizer_cuts_text(source: model.Source, words: Path) -> None:
+    tokenizer = model.load_tokenizer(TokenizerSpec(name=str(words)), source)
+    for side, expected in (("right", [1, 2]), ("left", [2, 3])):
+        tokenizer.truncation_side = side
+        spec = TokenizerSpec.model_validate({"truncation": True, "max_length": 2})
+        ((_, found),) = model.tokenise([prompt([1, 2, 3])], tokenizer, spec, source)
+        assert found == [expected]
+
+
 def test_a_config_may_hold_what_only_the_models_code_reads() -> None:
     """`head_dim` stands in no config class of this family, and its attention takes it all the same."""
     config = {"model_type": "qwen3_moe", "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2,

@@ -86,6 +86,13 @@ def test_a_tap_answers_to_its_name_and_its_address_written_or_resolved(dump):
         dump["last blok"]
 
 
+@pytest.mark.parametrize("name", ["layer", "layer[-1]", "layer[2]"])
+def test_a_group_of_taps_is_told_by_its_ends(name, dump, monkeypatch):
+    monkeypatch.setattr(dump, "names", ["layer[0]", "layer[1]", "ends"])
+    with pytest.raises(UsageError, match=r"there are `layer\[0\]` to `layer\[1\]`"):
+        dump[name]
+
+
 def test_an_address_in_a_list_is_its_own_name(tmp_path):
     root = make_dump(tmp_path / "out", save=["transformer.h[-1].output[0]", "transformer.h[*].mlp.output"])
     dump = actdump.open(root)

@@ -67,6 +67,8 @@ def _padding(plan: Plan, part: Part, lengths: Sequence[int]) -> dict[int, int]:
 
 def _most_padded(plan: Plan, lengths: Callable[[Part], Sequence[int]]) -> int | None:
     """The prompt with the most padding of a part, by which a fault of padding shows best; `None` where no prompt has any."""
+    if plan.budget.prompts == 1:
+        return None
     start = _draw(plan, -1, len(plan.parts))
     for part in (*plan.parts[start:], *plan.parts[:start]):
         if found := _padding(plan, part, lengths(part)):

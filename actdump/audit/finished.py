@@ -42,6 +42,7 @@ def finished(path: Path, count: int, *, place: str | None = None, step: Callable
     made = dump.manifest.facts["model"]["class"]
     try:
         source = model.find(spec, made)
+        step("comparing the model's files")
         _check_files(dump.manifest, spec)
     except MissingError as error:
         raise MissingError(f"{error}\nmodel: if it is somewhere else now, say where with --model") from None

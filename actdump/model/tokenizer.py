@@ -128,7 +128,7 @@ def _ids(prompt: Prompt, tokenizer: Any | None, spec: TokenizerSpec, limit: int 
     """The ids of a prompt that is no text: its own, or those of the chat template."""
     content: Any = prompt.content
     if isinstance(content[0], int):
-        return list(content[:limit] if spec.truncation else content)
+        return _cut(content, tokenizer, limit) if spec.truncation else list(content)
     if tokenizer is None:
         raise SpecError(f"{prompt.where}: the model has no tokenizer, so `messages` cannot become tokens; give `input_ids`")
     if spec.chat_template is None and not getattr(tokenizer, "chat_template", None):
@@ -142,7 +142,14 @@ def _ids(prompt: Prompt, tokenizer: Any | None, spec: TokenizerSpec, limit: int 
             )
     except Exception as error:  # a template can raise anything
         raise SpecError(f"{prompt.where}: the chat template fails: {first_line(error)}") from error
-    return ids[:limit] if spec.truncation else ids
+    return _cut(ids, tokenizer, limit) if spec.truncation else ids
+
+
+def _cut(ids: Sequence[int], tokenizer: Any | None, limit: int | None) -> list[int]:
+    """As many ids as are allowed, cut at the side where the tokenizer cuts text."""
+    if limit is not None and getattr(tokenizer, "truncation_side", "right") == "left":
+        return list(ids[max(0, len(ids) - limit) :])
+    return list(ids[:limit])
 
 
 def _check(prompt: Prompt, ids: Sequence[int], limit: int | None, vocabulary: int, spec: TokenizerSpec) -> None:

@@ -76,7 +76,10 @@ class Dump:
         if found:
             names = ", ".join(f"`{column.name}`" for column in found)
             raise UsageError(f"{self.folder.root}: several taps are at `{name}`: {names}; name one of them")
-        raise UsageError(f"{self.folder.root}: there is no tap `{name}`{did_you_mean(str(name), self.names)}")
+        stem = str(name).partition("[")[0]
+        group = [each for each in self.names if each.startswith(f"{stem}[")]
+        hint = f"; there are `{group[0]}` to `{group[-1]}`" if len(group) > 1 else did_you_mean(str(name), self.names)
+        raise UsageError(f"{self.folder.root}: there is no tap `{name}`{hint}")
 
     def __contains__(self, name: object) -> bool:
         """Whether `dump[name]` is there."""
