@@ -288,7 +288,7 @@ def tree(
         console.start_logging(quiet=False)
         path = Path(model)
         is_spec = path.is_file() or path.suffix in (".yaml", ".yml")
-        if is_spec and path.suffix not in (".yaml", ".yml") and (path.parent / "config.json").is_file():
+        if path.is_file() and (path.name == "config.json" or path.suffix in (".safetensors", ".bin")):
             raise UsageError(f"`{model}` is a file of a model; name the folder that holds it: `{path.parent}`")
         if sets and not is_spec:
             raise UsageError(f"--set changes a spec, and `{model}` is none; write a spec, or leave it out")

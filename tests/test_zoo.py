@@ -572,6 +572,17 @@ def test_what_a_model_keeps_of_a_prompt_reaches_no_other(what, front, tmp_path):
         assert errors(value, alone, 1).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("key", FAMILIES)
+def test_a_wide_batch_is_no_reason_to_refuse_a_family(key, dtype):
+    model = FAMILIES[key].build().to(dtype)
+    taps = [Tap(path, parse(f"{path}.output")) for path, _ in model.named_modules() if path]
+    found = engine.probe(model, engine.bind(model, taps), engine.feed_for(model))
+    sites = [run for run in found.runs if isinstance(run, engine.Site)]
+    assert len(sites) >= 5
+    engine.probe_width(model, sites, found.feed, 40)
+
+
 LATER = {
     # Both take another path for the wider batches, and keep no trace of it.
     "mscale": replace(FAMILIES["llama"], kind="phimoe", config=FAMILIES["llama"].config | {

@@ -8,7 +8,7 @@ from time import monotonic
 from typing import Any, Literal
 
 from actdump import inputs, reader, store
-from actdump.errors import DataError, Stopped
+from actdump.errors import ActdumpError, DataError, Stopped
 from actdump.format import Folder, Manifest
 from actdump.job.bound import Bound
 from actdump.job.capturing import write_parts
@@ -83,7 +83,10 @@ def _kept(folder: Folder) -> str:
     """What a run that was stopped leaves, in words."""
     if not folder.plan.exists():
         return "with nothing written yet"
-    status = store.status(folder)
+    try:
+        status = store.status(folder)
+    except ActdumpError:  # the next run tells it; this one was asked to stop
+        return "with what was done kept"
     if not status.prompts_done:
         return f"with none of {status.prompts:,} prompts kept, because parts are kept whole (smaller ones with `shard: {{tokens: …}}`)"
     return f"with {status.prompts_done:,} of {status.prompts:,} prompts kept"
