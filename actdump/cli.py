@@ -3,6 +3,7 @@
 Nothing here imports torch before a command needs it, so that `--help`, a spec with mistakes and an up-to-date dump answer at once.
 """
 
+import gc
 import io
 import json
 import os
@@ -223,21 +224,22 @@ def check(spec: SpecFile, output: OutputFolder = None, sets: Sets = None, limit:
 
 
 def _show_forecast(spec: "Spec", root: Path | None, as_json: bool, quiet: bool) -> None:
-    from actdump import console, job, store, views
-    from actdump.format import Folder
+    """Raises:
+    ActdumpError: a run would end with it.
+    """
+    from actdump import console, job, views
 
     console.start_logging(quiet)
     with nullcontext() if quiet else console.Bar() as bar:
         forecast = job.forecast(spec, bar, root)
-    place = root or Path()
-    free = store.free_space(Folder(place).shards)
     if as_json:
-        console.answer(json.dumps(views.forecast_json(forecast, free)))
-        return
-    views.show(views.forecast_table(forecast))
-    console.out.print()
-    taken = store.taken(Folder(root)) if root is not None else 0
-    views.show(views.facts_table(views.forecast_facts(forecast, place, free, taken)))
+        console.answer(json.dumps(views.forecast_json(forecast)))
+    else:
+        views.show(views.forecast_table(forecast))
+        console.out.print()
+        views.show(views.facts_table(views.forecast_facts(forecast)))
+    if forecast.refusal is not None:
+        raise forecast.refusal
 
 
 @app.command()
@@ -446,8 +448,10 @@ def _write_all() -> None:
 
 
 def _end(code: str | int | None) -> NoReturn:
-    """End without waiting for what a stop abandoned, such as a model that is being loaded."""
+    """End without waiting for what a stop abandoned, such as a model that is being loaded, nor for a last collection of garbage,
+    which takes one to two seconds with a model in the process."""
     ignore()
+    gc.freeze()
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -93,23 +93,23 @@ def _rows(spec: PromptsSpec, stdin: Path | None) -> Iterator[tuple[_Found, str]]
         return
     json_lines = spec.kind == "jsonl"  # asked once, not for each of a million lines
     wrong: dict[str, list[str]] = {}  # where each fault is
-    end = math.inf
+    count, end, rest = 0, math.inf, ""
     for number, (raw, where) in enumerate(islice(_lines(str(spec.file), stdin), spec.limit)):
-        if number == end:
+        if number == end or count == MOST:
+            rest = f"\n{where}: here the search for mistakes ended; there may be more"
             break
         try:
             line = _decoded(raw, where)
             found = _writable(_json_row(line, where, spec), where) if json_lines else _checked({"text": line}, where)
         except SpecError as error:
             wrong.setdefault(str(error).removeprefix(f"{where}: "), []).append(where)
-            end = min(end, number + FURTHER)
-            if sum(map(len, wrong.values())) == MOST:
-                break
+            count, end = count + 1, min(end, number + FURTHER)
             continue
         if not wrong:
             yield found, where
     if wrong:
-        raise SpecError("\n".join(f"{places[0]}: {fault}{_also(places[1:])}" for fault, places in wrong.items()))
+        told = "\n".join(f"{places[0]}: {fault}{_also(places[1:])}" for fault, places in wrong.items())
+        raise SpecError(f"{told}{rest}")
 
 
 def _also(places: Sequence[str]) -> str:

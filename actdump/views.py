@@ -1,7 +1,6 @@
 """What the commands show: tables, facts and lines made of forecasts, manifests, audits and comparisons."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +22,12 @@ MUCH = 0.1  # of what is computed is padding: worth a word
 
 
 def show(content: Table) -> None:
-    """A table on stdout at its full width: a wrapped line can be read, a cut one cannot."""
-    Output(width=1000).print(content)
+    """A table on stdout at its full width, without the spaces that fill it up: a wrapped line can be read, a cut one cannot."""
+    console = Output(width=1000)
+    for line in console.render_lines(content, pad=False):
+        text = Text.assemble(*((segment.text, segment.style or "") for segment in line))
+        text.rstrip()
+        console.print(text)
 
 
 def _plain_table(*headings: str, right: Sequence[str] = ()) -> Table:
@@ -78,39 +81,36 @@ def _rows_and_bytes(forecast: "Forecast", column: Column) -> tuple[int, int]:
     return rows, rows * column.layout.row_bytes
 
 
-def forecast_facts(forecast: "Forecast", root: Path, free: int, taken: int) -> list[tuple[str, str]]:
-    """What `check` says of the run as a whole.
-
-    Args:
-        free, taken: bytes at `root`, and those of the dump that stands there, which are kept or make room.
-    """
+def forecast_facts(forecast: "Forecast") -> list[tuple[str, str]]:
+    """What `check` says of the run as a whole."""
     plan = forecast.plan
     share = 1 - plan.tokens / max(forecast.padded, 1)
     padding = f"{share:.1%} of what is computed is padding"
     if share > MUCH and len(plan.parts) > 1:
         padding += ", less in larger shards (`shard`), which hold more prompts to sort"
-    fits = "" if forecast.bytes <= free + taken else " (TOO LITTLE)"
+    state, reasons = _folder_state(forecast)
+    told = f" ({'; '.join(reasons)})" if reasons and forecast.refusal is None else ""
     return [
         ("prompts", f"{plan.prompts:,}, {plan.tokens:,} tokens"),
         ("shards", f"{len(plan.shards):,} in {counted(len(plan.parts), 'part')}"),
         ("batches", f"{forecast.batches:,} of at most {plan.budget.tokens:,} padded tokens; {padding}"),
-        ("size", f"{forecast.bytes:,} bytes; {free:,} are free at {root}{fits}"),
-        *([("folder", _folder_words(forecast.folder))] if forecast.folder else []),
+        ("size", f"{forecast.bytes:,} bytes; {forecast.free:,} are free at {forecast.place}"),
+        *([("folder", f"{state}: {_FOLLOWS[state]}{told}")] if state else []),
         ("probed", "with weights" if forecast.weighed else "without weights, by shapes; a run also checks values"),
     ]  # fmt: skip
 
 
-def _folder_words(found: "Explanation | str") -> str:
-    """What a run would make of its folder, in one line."""
-    if isinstance(found, str):
-        return f"a run would refuse it: {found}"
-    return f"{found.state}: {_FOLLOWS[found.state]}" + f" ({'; '.join(found.reasons)})" * bool(found.reasons)
+def _folder_state(forecast: "Forecast") -> tuple[str | None, Sequence[str]]:
+    """What a run would make of its folder, in a word, and why; `None` where no folder was named."""
+    if forecast.refusal is not None:
+        return "refused", [str(forecast.refusal)]
+    return (forecast.found.state, forecast.found.reasons) if forecast.found is not None else (None, ())
 
 
-def forecast_json(forecast: "Forecast", free: int) -> dict[str, Any]:
+def forecast_json(forecast: "Forecast") -> dict[str, Any]:
     """The same for programs."""
-    plan, found = forecast.plan, forecast.folder
-    folder = {"state": "refused", "reasons": [found]} if isinstance(found, str) else asdict(found) if found else None
+    plan = forecast.plan
+    state, reasons = _folder_state(forecast)
     taps = []
     for column in plan.columns:
         rows, count = _rows_and_bytes(forecast, column)
@@ -120,8 +120,8 @@ def forecast_json(forecast: "Forecast", free: int) -> dict[str, Any]:
         })  # fmt: skip
     return {
         "taps": taps, "prompts": plan.prompts, "tokens": plan.tokens, "padded_tokens": forecast.padded, "batches": forecast.batches,
-        "parts": len(plan.parts), "shards": len(plan.shards), "bytes": forecast.bytes, "free_bytes": free,
-        "weights_loaded": forecast.weighed, "folder": folder,
+        "parts": len(plan.parts), "shards": len(plan.shards), "bytes": forecast.bytes, "free_bytes": forecast.free,
+        "weights_loaded": forecast.weighed, "folder": {"state": state, "reasons": list(reasons)} if state else None,
     }  # fmt: skip
 
 
@@ -265,6 +265,7 @@ _FOLLOWS = {
     "unfinished": "a run would go on with it",
     "up to date": "a run would leave it alone",
     "stale": "a run would refuse it, and with --overwrite replace it",
+    "refused": "a run would end with the error that follows",
 }
 
 

@@ -1,6 +1,7 @@
 """The command line: what it imports, what it prints where, and that every command explains itself."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -215,8 +216,8 @@ def test_check_says_where_larger_shards_would_spare_padding(tokens: int, told: b
 
 
 def test_check_says_what_a_run_would_find() -> None:
-    def folder(*words: str) -> dict[str, object]:
-        return json.loads(actdump("check", "spec.yaml", "--json", *words).stdout)["folder"]
+    def folder(*words: str, code: int = 0) -> dict[str, object]:
+        return json.loads(actdump("check", "spec.yaml", "--json", *words, code=code).stdout)["folder"]
 
     assert folder() == {"state": "new", "reasons": []}
     actdump("run", "spec.yaml")
@@ -227,8 +228,10 @@ def test_check_says_what_a_run_would_find() -> None:
     assert f"stale: a run would refuse it, and with --overwrite replace it ({stale})" in said
     Path("other").mkdir()
     Path("other/mine").touch()
-    assert folder("-o", "other")["state"] == "refused"
-    assert "a run would refuse it: other holds other things (mine)" in actdump("check", "spec.yaml", "-o", "other").stdout
+    assert folder("-o", "other", code=73)["state"] == "refused"
+    said = actdump("check", "spec.yaml", "-o", "other", code=73)
+    assert "refused: a run would end with the error that follows" in said.stdout
+    assert "error: other holds other things (mine)" in said.stderr
     lines = '{"input_ids": [1, 2]}\n'
     words = ("--set", "prompts={file: '-', format: jsonl}", "-o", "piped")
     actdump("run", "spec.yaml", *words, stdin=lines)
@@ -312,9 +315,12 @@ def test_a_log_that_nobody_reads_any_more_does_not_end_a_run() -> None:
 
 def test_check_counts_what_is_there_as_room(monkeypatch) -> None:
     actdump("run", "spec.yaml")
-    monkeypatch.setattr("actdump.store.free_space", lambda _: 10)
-    assert "TOO LITTLE" not in actdump("check", "spec.yaml").stdout
-    assert "10 are free at other (TOO LITTLE)" in actdump("check", "spec.yaml", "-o", "other").stdout
+    for place in ("actdump.store.free_space", "actdump.store.checks.free_space"):
+        monkeypatch.setattr(place, lambda _: 10)
+    actdump("check", "spec.yaml", "--set", "dtype=float16")  # another dump, half as large, which would replace it
+    said = actdump("check", "spec.yaml", "-o", "other", code=74)
+    assert "10 are free at other" in said.stdout
+    assert re.search(r"error: other: the dump needs [\d,]+ bytes, and 10 are free", said.stderr)
 
 
 # -------------------------------------------------------------------------------------------------------------------- progress

@@ -232,5 +232,12 @@ def test_wrong_lines_are_told_together(tmp_path):
     with pytest.raises(SpecError, match=told):
         list(read(PromptsSpec(file=str(path))))
     path.write_text("\n" * 1000)
-    with pytest.raises(SpecError, match=r":1: the line is empty; remove it \(so in lines 2, 3, 4, 5 and 15 more\)"):
+    with pytest.raises(SpecError) as raised:
+        list(read(PromptsSpec(file=str(path))))
+    assert str(raised.value).splitlines() == [
+        f"{path}:1: the line is empty; remove it (so in lines 2, 3, 4, 5 and 15 more)",
+        f"{path}:21: here the search for mistakes ended; there may be more",
+    ]
+    path.write_text("\n" * 20)
+    with pytest.raises(SpecError, match=r"and 15 more\)$"):
         list(read(PromptsSpec(file=str(path))))

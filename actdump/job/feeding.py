@@ -73,12 +73,12 @@ def cut(spec: Spec, bound: Bound, lengths: Sequence[int], stdin: Path | None) ->
         SpecError: a prompt has too few tokens for a position that a tap asks for.
     """
     if min(lengths) < bound.least:
-        number = next(number for number, length in enumerate(lengths) if length < bound.least)
+        number, *others = (number for number, length in enumerate(lengths) if length < bound.least)
         prompt = next(islice(prompts.read(spec.prompts, stdin), number, None))
         site = max(bound.sites, key=lambda site: site.least)
         raise SpecError(
             f"{prompt.where}: prompt `{prompt.id}` has {lengths[number]} tokens, and `{site.tap.name}` asks for a position that "
-            f"needs {site.least}; use a slice, which takes what is there"
+            f"needs {site.least}{f' (so do {len(others):,} others)' if others else ''}; use a slice, which takes what is there"
         )
     for column in bound.columns:
         if not any(map(column.layout.rows, set(lengths))):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actdump import inputs, store
-from actdump.errors import DataError, OccupiedError, StorageError
+from actdump.errors import ActdumpError, DataError, OccupiedError, StorageError
 from actdump.format import Folder, shard_layout
 from actdump.job.bound import Bound, budget_for, survey
 from actdump.job.feeding import cut, standard_input, tokenised, tokenizer_for
@@ -27,7 +27,9 @@ class Forecast:
         padded: the tokens that the batches compute, padding included.
         batches: how many forwards there are.
         bytes: the exact size of all shard files.
-        folder: what stands in its folder, or the error that a run would end with; `None` where no folder was named.
+        place: the folder, or the working folder where none was named; free: the bytes that are free there.
+        found: what stands in the folder; refusal: the error that a run would end with, if it is not another dump that stands there. Both
+            are `None` where no folder was named.
     """
 
     bound: Bound
@@ -37,7 +39,10 @@ class Forecast:
     padded: int
     batches: int
     bytes: int
-    folder: Explanation | str | None
+    place: Path
+    free: int
+    found: Explanation | None
+    refusal: ActdumpError | None
 
 
 def forecast(spec: Spec, watcher: Watcher | None = None, root: Path | None = None) -> Forecast:
@@ -55,25 +60,33 @@ def forecast(spec: Spec, watcher: Watcher | None = None, root: Path | None = Non
             lengths.extend(map(len, ids))
         budget = budget_for(spec, bound)
         plan = make({}, bound.columns, cut(spec, bound, lengths, stdin), budget)
-        folder = _found(spec, root, sources) if root is not None else None
-    size = computed = count = 0
-    for shard in plan.shards:
-        size += shard_layout(
-            bound.columns, lengths[shard.first : shard.first + shard.prompts], store.metadata(plan, shard)
-        ).size
+        size = _size(plan, lengths)
+        found, refusal = _found(spec, Folder(root), sources, size) if root is not None else (None, None)
+    computed = count = 0
     for part in plan.parts:
         inside = lengths[part.first : part.first + part.prompts]
         cuts = batches(inside, budget)
         computed += padded(inside, cuts)
         count += len(cuts)
-    return Forecast(bound, weighed, plan, Counter(lengths), computed, count, size, folder)
+    place = root or Path()
+    free = store.free_space(Folder(place).shards)
+    return Forecast(bound, weighed, plan, Counter(lengths), computed, count, size, place, free, found, refusal)
 
 
-def _found(spec: Spec, root: Path, sources: inputs.Inputs) -> Explanation | str:
+def _size(plan: Plan, lengths: "array[int]") -> int:
+    """The bytes of all shard files."""
+    spans = ((shard, lengths[shard.first : shard.first + shard.prompts]) for shard in plan.shards)
+    return sum(shard_layout(plan.columns, inside, store.metadata(plan, shard)).size for shard, inside in spans)
+
+
+def _found(spec: Spec, folder: Folder, sources: inputs.Inputs, size: int) -> tuple[Explanation | None, ActdumpError | None]:
+    """What stands in a folder, and what would end a run there."""
+    explained = None
     try:
-        explained = found(spec, Folder(root), sources)
+        explained = found(spec, folder, sources)
         if explained.state != "up to date":
-            store.check_writable(root, Folder(root).shards)
-        return explained
+            store.check_writable(folder.root, folder.shards)
+            store.check_space(folder, size - store.taken(folder))
     except (OccupiedError, StorageError, DataError) as error:
-        return str(error)
+        return explained, error
+    return explained, None

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -16,6 +16,7 @@ from actdump.spec import TokenizerSpec, path_of
 T = TypeVar("T")
 
 CHUNK = 1024  # prompts handed to the tokenizer at a time
+MOST = 8  # prompts that are told to be wrong
 VOCABULARY = 2**31  # ids are below this where the config does not say; as they are stored
 
 
@@ -75,9 +76,19 @@ def _chunks(
         encoded = iter(_encoded(texts, tokenizer, spec, limit))
         found = [next(encoded) if isinstance(prompt.content, str) else _ids(prompt, tokenizer, spec, limit) for prompt in chunk]
         if not _fit(found, limit, vocabulary):
-            for prompt, ids in zip(chunk, found, strict=True):
-                _check(prompt, ids, limit, vocabulary, spec)
+            _refuse(
+                list(filter(None, (_fault(*each, limit, vocabulary, spec) for each in zip(chunk, found, strict=True)))), chunk
+            )
         yield chunk, found
+
+
+def _refuse(faults: Sequence[str], chunk: Sequence[Prompt]) -> NoReturn:
+    """Raises:
+    SpecError: with the first of these faults.
+    """
+    further = len(faults) - MOST
+    more = [f"{chunk[-1].where}: here the search for mistakes ended, with {further:,} more like these"] if further > 0 else []
+    raise SpecError("\n".join([*faults[:MOST], *more]))
 
 
 def _fit(chunk: Sequence[Sequence[int]], limit: int | None, vocabulary: int) -> bool:
@@ -152,9 +163,10 @@ def _cut(ids: Sequence[int], tokenizer: Any | None, limit: int | None) -> list[i
     return list(ids[:limit])
 
 
-def _check(prompt: Prompt, ids: Sequence[int], limit: int | None, vocabulary: int, spec: TokenizerSpec) -> None:
+def _fault(prompt: Prompt, ids: Sequence[int], limit: int | None, vocabulary: int, spec: TokenizerSpec) -> str | None:
+    """Why the model cannot run on a prompt, in words."""
     if not ids:
-        raise SpecError(f"{prompt.where}: an empty prompt: it has no tokens")
+        return f"{prompt.where}: an empty prompt: it has no tokens"
     if limit is not None and len(ids) > limit:
         whose = "tokenizer.max_length" if spec.max_length else "the model"
         remedy = (
@@ -162,9 +174,8 @@ def _check(prompt: Prompt, ids: Sequence[int], limit: int | None, vocabulary: in
             if spec.truncation
             else "shorten it, or cut what is too long with `tokenizer: {truncation: true}`"
         )
-        raise SpecError(f"{prompt.where}: prompt `{prompt.id}` has {len(ids)} tokens, and {whose} allows {limit}; {remedy}")
+        return f"{prompt.where}: prompt `{prompt.id}` has {len(ids)} tokens, and {whose} allows {limit}; {remedy}"
     if not 0 <= min(ids) <= max(ids) < vocabulary:
         wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise SpecError(
-            f"{prompt.where}: prompt `{prompt.id}` has the token id {wrong}; the vocabulary is 0 to {vocabulary - 1}"
-        )
+        return f"{prompt.where}: prompt `{prompt.id}` has the token id {wrong}; the vocabulary is 0 to {vocabulary - 1}"
+    return None

@@ -14,7 +14,7 @@ PROMPTS = 2  # a run's default
 
 def measure(setting: Setting) -> Iterator[Figure]:
     """Task A; the run itself says how long its audit took, because two runs differ by more than that."""
-    prompts = mixed(tokenizer(), setting.some(512, 12))
+    prompts = mixed(tokenizer(), setting.some(512, 3))
     file, out = setting.saved(prompts), setting.scratch / "dump"
     for dtype in setting.dtypes:
         run = Dumping(spec_of(A, {"name": str(FOLDER), "dtype": dtype}, file, audit=PROMPTS), out)

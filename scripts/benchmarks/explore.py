@@ -22,7 +22,7 @@ ATTENTION = ("sdpa", "eager")
 
 def measure(setting: Setting) -> Iterator[Figure]:
     """Tokens per second, one choice after another, the rest as `auto` has it; and the share of the best that `auto` reaches."""
-    prompts = mixed(tokenizer(), setting.some(512, 12))
+    prompts = mixed(tokenizer(), setting.some(512, 3))
     say(prompts.described())
     threads = torch.get_num_threads()
     for dtype in setting.dtypes:

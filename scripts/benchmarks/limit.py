@@ -21,7 +21,7 @@ LIMITS = {"A": "the limit of A and C", "B": "the limit of B", "C": "the limit of
 
 def measure(setting: Setting) -> Iterator[Figure]:
     """A, B and C from tokenising to the sealed manifest, over the limit."""
-    prompts = mixed(tokenizer(), setting.some(512, 12))
+    prompts = mixed(tokenizer(), setting.some(512, 3))
     say(prompts.described())
     for dtype in setting.dtypes:
         say(dtype)

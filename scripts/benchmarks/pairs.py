@@ -45,7 +45,7 @@ class Pairs:
 
 def measure(setting: Setting) -> Iterator[Figure]:
     """A, B and C from tokenising to the sealed manifest, over the bare forwards of the same batches."""
-    prompts = mixed(tokenizer(), setting.some(512, 12))
+    prompts = mixed(tokenizer(), setting.some(512, 3))
     file, few = setting.saved(prompts), setting.saved(Prompts("few", prompts.texts[:8], prompts.ids[:8]))
     say(prompts.described())
     for dtype in setting.dtypes:

@@ -37,7 +37,7 @@ def measure(setting: Setting) -> Iterator[Figure]:
             say(f"{name} is not installed, so it is not measured; {command}")
     for dtype in setting.dtypes:
         peers = _peers(dtype)
-        for prompts in (mixed(tokenizer(), setting.some(512, 12)), uniform(tokenizer(), setting.some(256, 4))):
+        for prompts in (mixed(tokenizer(), setting.some(512, 3)), uniform(tokenizer(), setting.some(256, 2))):
             say(f"{dtype}, {prompts.described()}")
             yield from _compared(setting, dtype, prompts, peers)
 

@@ -44,7 +44,7 @@ OVERHEAD = (
 
 def measure(setting: Setting) -> Iterator[Figure]:
     """Task A from the command to its end, by two workers and by one process; and the share of its overhead in many parts."""
-    prompts = mixed(tokenizer(), setting.some(512, 12))
+    prompts = mixed(tokenizer(), setting.some(512, 3))
     for dtype in setting.dtypes:
         say(dtype)
         yield from _two_workers(setting, prompts, dtype)
