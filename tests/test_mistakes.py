@@ -598,6 +598,20 @@ def test_a_prompt_that_is_too_long_is_an_error_or_cut() -> None:
     assert json.loads(Path("out/manifest.json").read_text())["tokens"] == 3 + 64
 
 
+def test_many_prompts_that_are_too_long_or_too_short_are_told_by_the_first_and_their_number() -> None:
+    lengths = [65, 1, *[70] * 8, 2, 3]
+    Path("p.jsonl").write_text("".join(json.dumps({"input_ids": [1] * length}) + "\n" for length in lengths))
+    said = run(with_file("p.jsonl"))
+    first, *_, last = said.err.splitlines()[-9:]
+    assert "p.jsonl:1: prompt `0` has 65 tokens" in first
+    assert last == "error: p.jsonl:12: here the search for mistakes ended, with 1 more like these"
+    spec = with_file("p.jsonl", "tokenizer: {truncation: true}\n").replace(
+        "transformer.wte.output", "'transformer.wte.output[:, 2]'"
+    )
+    assert "p.jsonl:2: prompt `1` has 1 tokens" in (said := run(spec)).err
+    assert "needs 3 (1 more like it); use a slice" in said.err
+
+
 def test_a_text_that_is_too_long_is_an_error_or_cut() -> None:
     save_tokenizer(Path("tok"))
     Path("p.txt").write_text("the tower\n" + "in " * 9 + "\n")

@@ -78,7 +78,7 @@ def cut(spec: Spec, bound: Bound, lengths: Sequence[int], stdin: Path | None) ->
         site = max(bound.sites, key=lambda site: site.least)
         raise SpecError(
             f"{prompt.where}: prompt `{prompt.id}` has {lengths[number]} tokens, and `{site.tap.name}` asks for a position that "
-            f"needs {site.least}{f' (so do {len(others):,} others)' if others else ''}; use a slice, which takes what is there"
+            f"needs {site.least}{f' ({len(others):,} more like it)' if others else ''}; use a slice, which takes what is there"
         )
     for column in bound.columns:
         if not any(map(column.layout.rows, set(lengths))):
