@@ -17,7 +17,7 @@ _OWN = frozenset(vars(nn.Module())) | {"_output_capturing_hooks_installed"}
 class State:
     """The buffers of a model and the plain attributes of its modules, as they are now.
 
-    A forward in evaluation mode should leave them alone. Where it does not, its values hang on more than one prompt: rotary
+    A forward in evaluation mode should leave them alone. Where it does not, its values depend on more than one prompt: rotary
     tables with `dynamic` or `longrope` scaling are computed for the widest row of a batch, and some are kept for the batches
     after it (https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_rope_utils.py); Reformer settles
     its number of buckets by its first long prompt; older remote code keeps rotary tables in plain attributes.

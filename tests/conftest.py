@@ -25,7 +25,7 @@ def the_log_as_it_was():
 
 @pytest.fixture
 def one_thread():
-    """Torch with one thread, as in the processes that are compared with this one: with some CPUs' kernels the last bits hang on it."""
+    """Torch with one thread, as in the processes that are compared with this one: with some CPUs' kernels the last bits depend on it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -398,7 +398,7 @@ def two_scores(vector, *scores):
 def test_a_flipped_router_is_told_from_a_fault_by_whether_the_model_flips_too(tied, tmp_path, monkeypatch):
     """Where a token gives two experts the same score, the other choice is unstable; where it does not, it is wrong."""
     load, ids = models.load, random_ids(LENGTHS)[0]
-    chosen = []  # by the prompt alone: which way a tie goes hangs on the CPU's kernels
+    chosen = []  # by the prompt alone: which way a tie goes depends on the CPU's kernels
 
     def scored(source):
         module = load(source)

@@ -243,7 +243,7 @@ def test_a_repair_that_was_stopped_takes_nothing_broken_into_a_new_manifest(answ
 
 
 def test_a_finished_dump_is_repaired_where_the_model_is_run_in_another_way(dump, sealed, monkeypatch):
-    """The mask hangs on the CPU too, and it decides no value."""
+    """The mask depends on the CPU too, and it decides no value."""
     lose(dump / "shards/00001.safetensors")
     real = planning.facts_of
 

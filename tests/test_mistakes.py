@@ -608,7 +608,8 @@ def test_many_prompts_that_are_too_long_or_too_short_are_told_by_the_first_and_t
     spec = with_file("p.jsonl", "tokenizer: {truncation: true}\n").replace(
         "transformer.wte.output", "'transformer.wte.output[:, 2]'"
     )
-    assert "p.jsonl:2: prompt `1` has 1 tokens" in (said := run(spec)).err
+    said = run(spec)
+    assert "p.jsonl:2: prompt `1` has 1 tokens" in said.err
     assert "needs 3 (1 more like it); use a slice" in said.err
 
 

@@ -929,6 +929,20 @@ def test_what_looks_like_ids_and_is_none_is_refused(given, gpt2):
         wrap(gpt2).trace(given)
 
 
+def test_chat_messages_are_refused_with_the_way_to_make_ids_of_them(gpt2):
+    with pytest.raises(UsageError, match=r"prompt 0 is neither .*apply_chat_template"):
+        wrap(gpt2).trace([{"role": "user", "content": "Hello"}])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is on its way out
+@pytest.mark.parametrize(
+    "how", [torch.jit.script, lambda module: torch.jit.trace(module, torch.ones(1, 2))], ids=["script", "trace"]
+)
+def test_what_torch_jit_made_is_refused(how):
+    with pytest.raises(UsageError, match=r"`Sequential` was made by torch\.jit, .*wrap the module that it was made of"):
+        wrap(how(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
+
+
 @pytest.mark.parametrize(
     "given", [5, None, b"text", range(3), (word for word in ["the"]), torch.tensor(5)], ids=lambda given: type(given).__name__
 )

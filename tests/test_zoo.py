@@ -3,7 +3,7 @@
 The oracle is a plain forward of one prompt with plain PyTorch hooks on all modules; nothing of ours takes part in it. For each
 family all modules are tapped at `.output`, at the further tensors of what they return, and at `.input`; where a module runs
 more than once, at every call. What `check` refuses must stand in the table below with its reason. How many values a family has
-hangs on the release of transformers: the table holds for the one in `scripts/constraints.txt`.
+depends on the release of transformers: the table holds for the one in `scripts/constraints.txt`.
 
 `python tests/test_zoo.py` measures the zoo anew, prints the table and how far batched values drift from single ones. Measured
 per token over all families and places (torch 2.13, one CPU thread):
@@ -64,7 +64,7 @@ class Row:
     Attributes:
         values: how many places are compared, under the attention that the family takes by itself.
         weights: how many of `eager`'s places are attention weights, with two token axes.
-        masked: whether padded rows need an attention mask. `None` with experts: how many tokens an expert is given hangs on the
+        masked: whether padded rows need an attention mask. `None` with experts: how many tokens an expert is given depends on the
             whole batch, and with some CPUs' kernels so do the last bits; then a mask is used, which changes no value.
         refused: the modules that cannot be tapped, as they are called inside a layer, and why. Lists of modules, which never
             run themselves, and modules that want a `call` are refused too, and left out here.

@@ -64,7 +64,7 @@ def finished(path: Path, count: int, *, place: str | None = None, step: Callable
 def _verdict(manifest: Manifest, module: nn.Module) -> str:
     if model.other_weights(manifest.facts["model"], module):
         return (
-            "the model's weights here are not those that the dump was made with (random ones hang on the versions of torch and "
+            "the model's weights here are not those that the dump was made with (random ones depend on the versions of torch and "
             "transformers and on the kind of CPU), so this says nothing of its values"
         )
     return "the audit found values that are not those of the prompts run alone: do not use them"

@@ -8,7 +8,7 @@ from actdump.engine.site import Site, shape_text
 
 # Relative errors per vector up to which two values are one value computed in two batch shapes. Measured over every module of
 # the zoo, of SmolLM2 and of MiniLM (tests/test_zoo.py): float32 at worst 2e-5, bfloat16 0.1 (0.03 for 99 of 100, 0.016 for the
-# median of the worst module), float16 0.013. A value that hangs on its neighbours is off by its own size, perhaps for a few
+# median of the worst module), float16 0.013. A value that depends on its neighbours is off by its own size, perhaps for a few
 # tokens only, as with a router that drops what exceeds its capacity; so with wide floats every vector has to agree. With
 # narrow ones an expert can be chosen otherwise on a near tie, so some vectors may be anything.
 ALIKE_WIDE = 0.01

@@ -67,7 +67,7 @@ def probe(
     Measured (tests/test_zoo.py): causal and recurrent models need no mask, whatever their positions (learned, rotary, ALiBi),
     windows, experts or scans, because nothing of a token comes from what follows it; models that look both ways need one. A
     mask that is used without need costs time and changes no value, so every doubt ends with the mask: experts are one on CPUs where
-    the last bits of a token hang on how many tokens its expert is given.
+    the last bits of a token depend on how many tokens its expert is given.
 
     Args:
         apart: every prompt will run in a batch of its own, so nothing needs to be shown about batches.
@@ -82,7 +82,7 @@ def probe(
     if replaced := [path for path, module in _modules(model).items() if before.get(path, module) is not module]:
         raise UsageError(
             f"{type(model).__name__} replaces modules of its own in a forward (`{replaced[0]}`), so that what it computes for a "
-            "prompt hangs on the prompts before it; change its config so that it stays as it is, as BigBird does with "
+            "prompt depends on the prompts before it; change its config so that it stays as it is, as BigBird does with "
             "`attention_type: original_full`"
         )
     return found

@@ -34,7 +34,7 @@ class Lanes:
     longest where another program takes one of the cores. Measured on two cores (SmolLM2 in float32, 16 blocks, batches of 1,024
     tokens): two forwards side by side take 0.87 to 0.95 of the time that they take one after another, and 0.7 beside another program.
 
-    The values are those of one forward after another, up to the last bits, which can hang on the number of threads: every further
+    The values are those of one forward after another, up to the last bits, which can depend on the number of threads: every further
     lane has a twin of the model. An accelerator, and a model on several devices, have one lane.
     """
 

@@ -133,7 +133,7 @@ def check_same(job: Job, plan: Plan, bound: Bound) -> None:
     if unlike := _unlike(plan, bound):
         raise DataError(
             f"{job.folder.root}: {unlike} are not those of the plan in the folder; use the versions of torch and transformers that "
-            "made it (random weights hang on the kind of CPU too), or replace it with --overwrite"
+            "made it (random weights depend on the kind of CPU too), or replace it with --overwrite"
         )
 
 

@@ -1,4 +1,4 @@
-"""Lock files, which the kernel frees when their holder dies, and the names of processes. Locks spare work: no value hangs on them."""
+"""Lock files, which the kernel frees when their holder dies, and the names of processes. Locks spare work: no value depends on them."""
 
 import errno
 import os

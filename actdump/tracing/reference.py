@@ -150,9 +150,17 @@ def wrap(module: nn.Module, tokenizer: Any = None) -> Model:
         module: in eval mode, unless its dropout is meant to show. One that `torch.compile` made is traced as what it was made of, because
             what is compiled has no modules.
         tokenizer: for prompts that are strings; called as `tokenizer(text)["input_ids"]`.
+
+    Raises:
+        UsageError: it is no torch module, or one of torch.jit.
     """
     if not isinstance(module, nn.Module):
         raise UsageError(f"wrap takes a torch module, not {type(module).__name__}; `actdump.load` takes the name of a model")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UsageError(
+            f"`{module.original_name}` was made by torch.jit, whose modules run outside Python, where hooks see nothing of them; wrap "
+            "the module that it was made of"
+        )
     return Model(getattr(module, "_orig_mod", module), tokenizer)
 
 

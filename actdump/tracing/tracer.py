@@ -133,7 +133,8 @@ def _ids(traced: Traced, feed: Feed, prompt: Any, which: str) -> Sequence[int]:
     if isinstance(ids, str | list | tuple) and not ids:
         raise UsageError(f"{which} is empty; a model needs at least one token")
     if not isinstance(ids, list | tuple) or not all(map(_is_number, ids)):
-        raise UsageError(f"{which} is neither a string nor token ids: {prompt!r}")
+        chat = "; the tokenizer's `apply_chat_template(messages, return_dict=False)` makes ids of chat messages"
+        raise UsageError(f"{which} is neither a string nor token ids: {prompt!r}{chat if isinstance(prompt, Mapping) else ''}")
     if not 0 <= min(ids) <= max(ids) < feed.vocabulary:
         raise UsageError(f"{which} has a token id outside the vocabulary, which is 0 to {feed.vocabulary - 1}")
     return list(map(int, ids))
