@@ -29,6 +29,7 @@ app = typer.Typer(
     name="actdump",
     help="Dump the internal activations of neural networks: correct, fast, resumable, described.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain text, as in a log; to import what draws boxes takes as long as all the rest

@@ -100,6 +100,10 @@ def nothing_finished(folder: str | Path = "out") -> bool:
 # ---------------------------------------------------------------------------------------------------------- in the spec itself
 
 SPECS = {
+    "key of another section": (
+        GOOD + "attn_implementation: eager\n",
+        ["spec.yaml:8: unknown key `attn_implementation`; did you mean `model.attn_implementation`?"],
+    ),
     "misspelt key": (GOOD.replace("output: out", "outptu: out"), ["spec.yaml:7: unknown key `outptu`; did you mean `output`?"]),
     "misspelt key inside": (
         GOOD + "batch:\n  token: 4\n",
@@ -201,21 +205,21 @@ SPECS = {
         f"model: {TINY}\nprompts:\n  file: data.xls\nsave: [transformer.wte.output]\noutput: out\n",
         ["spec.yaml:", "`data.xls` does not end in .txt (a prompt a line) or .jsonl (a JSON", "`format: jsonl`"],
     ),
-    "empty prompt": (GOOD.replace("[4, 5]", "[]"), ["spec.yaml:4: prompts: an empty prompt"]),
-    "blank prompt": (GOOD.replace("input_ids: [4, 5]", "'  '"), ["spec.yaml:4: prompts: an empty prompt"]),
+    "empty prompt": (GOOD.replace("[4, 5]", "[]"), ["spec.yaml:4: prompts[1]: an empty prompt"]),
+    "blank prompt": (GOOD.replace("input_ids: [4, 5]", "'  '"), ["spec.yaml:4: prompts[1]: an empty prompt"]),
     "two contents": (GOOD.replace("[4, 5]", "[4, 5]\n    text: x"), ["spec.yaml:4: ", "exactly one of", "text and input_ids"]),
     "no content": (GOOD.replace("input_ids: [4, 5]", "txt: hello"), ["spec.yaml:4: ", "this has none (only `txt`; text that holds"]),
     "a name and its address": (
         GOOD.replace("- transformer.h[-1]", "- block: transformer.h[-1]"),
-        ["spec.yaml:6: unknown key `save.block`", "`save.address` is missing; an entry is an address, or `{name: …, address: …}`"],
+        ["spec.yaml:6: unknown key `save[0].block`", "`save[0].address` is missing; an entry is an address, or `{name: …, address: …}`"],
     ),
     "a number for a section": (GOOD + "batch: 8\n", ["spec.yaml:8: batch: must be a mapping of tokens, prompts, not a number `8`"]),
     "no environment": (GOOD.replace(": out", ": ${NOWHERE_SET}/out"), ["spec.yaml:7: ${NOWHERE_SET} is not set", ":-"]),
     "bad selection": (GOOD + "tokens: lats\n", ["spec.yaml:8: tokens: ", "lats", "last"]),
-    "bad address": (GOOD.replace("h[-1].output[0]", "h[x].output"), ["spec.yaml:6: save: ", "at character"]),
+    "bad address": (GOOD.replace("h[-1].output[0]", "h[x].output"), ["spec.yaml:6: save[0]: ", "at character"]),
     "number of another kind as id": (
         GOOD.replace("input_ids: [4, 5]", "{id: 1.5, input_ids: [4, 5]}"),
-        ["spec.yaml:4: prompts.id: must be text or a whole number, not a number `1.5`"],
+        ["spec.yaml:4: prompts[1].id: must be text or a whole number, not a number `1.5`"],
     ),
     "fields of a file beside a list": (
         GOOD.replace("prompts:\n  - input_ids: [1, 2, 3]\n  - input_ids: [4, 5]", "prompts: {rows: [a], text: b, format: txt}"),
@@ -258,8 +262,8 @@ def test_mistakes_in_listed_prompts_keep_their_lines_beside_a_limit() -> None:
     Path("spec.yaml").write_text(GOOD.replace("input_ids: [1, 2, 3]", "{id: 1.5, text: a}").replace("input_ids: [4, 5]", "5"))
     for more in ([], ["--limit", "2"], ["--set", "prompts.limit=2"]):
         first, second = actdump("run", "spec.yaml", *more).err.splitlines()
-        assert "spec.yaml:3: prompts.id: must be text or a whole number" in first
-        assert "spec.yaml:4: prompts: a prompt is text or a mapping, not a number `5`" in second
+        assert "spec.yaml:3: prompts[0].id: must be text or a whole number" in first
+        assert "spec.yaml:4: prompts[1]: a prompt is text or a mapping, not a number `5`" in second
     assert nothing_left()
 
 
@@ -716,7 +720,7 @@ LINES = {
     ),
     "two contents": ('{"text": "a", "input_ids": [1]}\n', "p.jsonl:2: a prompt needs exactly one of"),
     "wrong type": ('{"text": 5}\n', "p.jsonl:2: text: must be text, not a number `5`"),
-    "wrong ids": ('{"input_ids": [1, "x"]}\n', "p.jsonl:2: input_ids: must be a whole number, not text `x`"),
+    "wrong ids": ('{"input_ids": [1, "x"]}\n', "p.jsonl:2: input_ids[1]: must be a whole number, not text `x`"),
     "no tokens": ('{"input_ids": []}\n', "p.jsonl:2: an empty prompt"),
     "double id": ('{"id": "a", "input_ids": [2]}\n', "p.jsonl:2: the id `a` is given twice"),
     "fraction as id": (
@@ -760,7 +764,7 @@ def test_a_prompt_file_in_the_list_of_prompts() -> None:
     Path("p.txt").write_text("a\n")
     said = run(with_file("p.txt").replace("{file: p.txt}", "[p.txt, the file p.txt]"))
     assert said.code == 2
-    assert "spec.yaml:2: prompts: `p.txt` is a file; write `prompts: {file: p.txt}`, or `text: p.txt`" in said.err
+    assert "spec.yaml:2: prompts[0]: `p.txt` is a file; write `prompts: {file: p.txt}`, or `text: p.txt`" in said.err
     assert nothing_left()
     assert "has no tokenizer" in run(with_file("p.txt").replace("{file: p.txt}", "[{text: p.txt}]")).err
 

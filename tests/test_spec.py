@@ -330,7 +330,7 @@ def test_yaml_traps(read) -> None:
 
 @pytest.mark.parametrize("word", ["no", "3", "1.5", "null"])
 def test_an_unquoted_word_that_yaml_reads_otherwise_is_no_prompt(read, word: str) -> None:
-    with pytest.raises(SpecError, match=r"spec\.yaml:3: prompts: .*quotes"):
+    with pytest.raises(SpecError, match=r"spec\.yaml:3: prompts\[0\]: .*quotes"):
         read(f"model: m\nprompts:\n  - {word}\nsave: [norm.output]\n")
 
 

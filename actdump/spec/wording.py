@@ -77,17 +77,26 @@ def _keys(section: Where) -> list[str]:
     return [name for name in _SECTIONS.get(section, SaveSpec).model_fields if name != LISTED]
 
 
+def _meant(name: str, section: Where) -> str:
+    """What a key may have been meant for that a section does not have: the same key of another section, or one that is spelt nearly so."""
+    homes = [_key((*home, name)) for home, kind in _SECTIONS.items() if name in kind.model_fields and name != LISTED]
+    return f"; did you mean {' or '.join(f'`{home}`' for home in homes)}?" if homes else did_you_mean(name, _keys(section))
+
+
 def _key(where: Where) -> str:
-    return ".".join(part for part in where if isinstance(part, str) and part != LISTED) or "the spec"
+    """A place as a user writes it: `prompts[3].text`."""
+    lifted = where[:1] + where[2:] if where[1:2] == (LISTED,) else where
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in lifted)
+    return "".join(parts).removeprefix(".") or "the spec"
 
 
 def _said(error: Any, where: Where) -> str:
     """One of pydantic's complaints in our words."""
     key, kind = _key(where), error["type"]
     if kind == "extra_forbidden":
-        return f"unknown key `{key}`{did_you_mean(str(where[-1]), _keys(where[:-1]))}"
+        return f"unknown key `{key}`{_meant(str(where[-1]), where[:-1])}"
     if kind == "missing":
-        form = "; an entry is an address, or `{name: …, address: …}`" if key == "save.address" else ""
+        form = "; an entry is an address, or `{name: …, address: …}`" if (where[0], where[-1]) == ("save", "address") else ""
         return f"`{key}` is missing{form}"
     if kind == "value_error":
         message = str(error["ctx"]["error"])
