@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from itertools import pairwise
 from threading import Event
 
 import pytest
@@ -268,6 +269,31 @@ def test_without_locks_a_worker_says_so_once_and_keeps_to_its_own_share(no_locks
     job.run(spec, tmp_path / "whole")
     assert contents(root) == contents(tmp_path / "whole")
     assert temporary(root) == []
+
+
+def test_a_worker_looks_less_often_the_longer_it_waits_for_another(tmp_path, monkeypatch):
+    spec, root, clock, looks = make_spec(30, shard={"tokens": 40}), tmp_path / "out", [0.0], []
+    with pytest.raises(Stopped):
+        job.run(spec, root, **stop_after(1, root))
+    missing, last = store.missing, store.load_plan(Folder(root))[0].parts[-1]
+    other = Lock.take(Folder(root).claim(last.number), "another")
+
+    def sleep(seconds):
+        clock[0] += seconds
+        if clock[0] > 300:
+            other.remove()
+
+    def looked(*arguments):
+        looks.append(clock[0])
+        return missing(*arguments)
+
+    monkeypatch.setattr("actdump.job.sharing.monotonic", lambda: clock[0])
+    monkeypatch.setattr("actdump.job.sharing.sleep", sleep)
+    monkeypatch.setattr(store, "missing", looked)
+    assert job.run(spec, root).state == "done"
+    assert len(looks) < 150  # five a second would be 1,500
+    assert max(after - before for before, after in pairwise(looks)) < 5.3
+    assert clock[0] < 306
 
 
 def test_without_locks_an_overwrite_replaces_a_dump_of_other_weights(no_locks, tmp_path, monkeypatch):

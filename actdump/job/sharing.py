@@ -8,6 +8,9 @@ from actdump.errors import Stopped
 from actdump.job.underway import Job
 from actdump.plan import Part, Plan
 
+# A worker that has waited for some time waits this share of it before it looks again, but not longer than so many seconds: many that
+# wait for the last parts, on a file system that all of them share, keep its server busy otherwise.
+PACE, LONGEST = 0.05, 5.0
 PATIENCE = 600.0  # seconds without a new part, after which a worker that may not help gives the others up
 
 
@@ -58,6 +61,9 @@ def _waited(job: Job, crew: store.Crew, parts: Sequence[Part], since: float | No
         since = monotonic()
     if not crew.locks and monotonic() - since > PATIENCE:
         raise Stopped(f"{job.folder.root}: this worker's share is done, and {len(parts)} parts of others are not")
-    job.check_stop()
-    sleep(store.WAIT)
-    return since
+    look = monotonic() + min(LONGEST, PACE * (monotonic() - since))
+    while True:
+        job.check_stop()
+        sleep(store.WAIT)
+        if monotonic() >= look:
+            return since
