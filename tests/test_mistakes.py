@@ -512,9 +512,17 @@ def test_a_model_folder_with_a_cut_off_file() -> None:
     with Path("folder/model.safetensors").open("r+b") as file:
         file.truncate(5000)
     said = run(GOOD.replace(TINY, "folder"))
-    assert said.code in (2, 65, 66)
-    assert "spec.yaml:1: model: " in said.err
-    assert "folder" in said.err
+    assert said.code == 65
+    assert "spec.yaml:1: model: `folder/model.safetensors` is broken: " in said.err
+    assert nothing_left()
+
+
+def test_a_model_folder_that_git_lfs_did_not_fill() -> None:
+    save_tiny(Path("folder"))
+    Path("folder/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea\nsize 2690\n")
+    said = run(GOOD.replace(TINY, "folder"))
+    assert said.code == 65
+    assert "`folder/model.safetensors` holds no weights, only Git LFS's pointer to them" in said.err
     assert nothing_left()
 
 

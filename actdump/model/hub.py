@@ -10,11 +10,13 @@ import transformers
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from huggingface_hub.file_download import repo_folder_name
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from actdump.errors import ActdumpError, DataError, MissingError, UsageError, did_you_mean
 from actdump.memory import out_of_memory
 from actdump.spec import ModelSpec, path_of
+
+_POINTER = b"version https://git-lfs"  # what a file begins with that stands for one which was not fetched
 
 # Errors whose messages are sentences; that of another one says little without its name.
 _SENTENCES = (
@@ -89,7 +91,7 @@ def wording(spec: ModelSpec) -> Iterator[None]:
     except ActdumpError:
         raise
     except SafetensorError as error:
-        raise DataError(f"model: a weights file of `{name}` is broken: {first_line(error)}; fetch it again") from error
+        raise DataError(f"model: {_broken(spec, error)}") from error
     except OSError as error:
         if spec.folder is not None:
             raise MissingError(f"model: `{name}` cannot be loaded: {first_line(error)}") from error
@@ -108,6 +110,20 @@ def wording(spec: ModelSpec) -> Iterator[None]:
                 "`device_map: auto`, or `device: cpu`"
             ) from error
         raise UsageError(f"model: `{name}` cannot be loaded: {first_line(error)}") from error
+
+
+def _broken(spec: ModelSpec, error: SafetensorError) -> str:
+    """Which weights file of a model is broken, and how."""
+    for path in sorted(spec.folder.glob("*.safetensors")) if spec.folder is not None else ():
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as found:
+            with path.open("rb") as file:
+                if file.read(len(_POINTER)) == _POINTER:
+                    return f"`{path}` holds no weights, only Git LFS's pointer to them: fetch them with `git lfs pull`"
+            return f"`{path}` is broken: {first_line(found)}; fetch it again"
+    return f"a weights file of `{spec.source}` is broken: {first_line(error)}; fetch it again"
 
 
 def first_line(error: Exception) -> str:
