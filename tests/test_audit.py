@@ -4,6 +4,7 @@ import importlib
 import json
 import random
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -444,26 +445,23 @@ def test_a_model_that_cannot_be_asked_for_its_hidden_states_is_audited_without(t
     assert (tap["wrong"], tap["witnessed"]) == (0, False)
 
 
-@pytest.mark.parametrize("block", [14, 24])
-def test_in_bfloat16_a_tap_that_is_off_by_a_tenth_everywhere_is_wrong(block, tmp_path):
+def test_in_bfloat16_a_tap_that_is_off_by_a_tenth_everywhere_is_wrong(tmp_path):
     """The model itself moves that far at some tokens when its rounding is disturbed, and at none as a rule."""
     model = {"name": str(need_model("SmolLM2-135M-Instruct"))}
-    rows = [
-        {"text": text}
-        for text in (
-            "The Eiffel Tower is in the city of Paris, where it was built.",
-            "A tap is a named place in it, once more.",
-        )
-    ]
-    out = tmp_path / "out"
-    job.run(Spec.model_validate({"model": model, "prompts": rows, "save": {"h": f"model.layers[{block}].output"}}), out)
+    texts = "The Eiffel Tower is in the city of Paris, where it was built.", "A tap is a named place in it, once more."
+    taps = {f"h{block}": f"model.layers[{block}].output" for block in (14, 24)}
+    out, changed = tmp_path / "out", tmp_path / "changed"
+    job.run(Spec.model_validate({"model": model, "prompts": list(texts), "save": taps}), out)
     assert audited(out)
+    shutil.copytree(out, changed)
 
     def larger(tensors):
-        tensors["h"] = (tensors["h"] * 1.1).to(tensors["h"].dtype)
+        for tap in taps:
+            tensors[tap] = (tensors[tap] * 1.1).to(tensors[tap].dtype)
 
-    rewritten(out, larger)
-    assert "h: prompt 0 (`0`), token " in audited(out, code=65)
+    rewritten(changed, larger)
+    told = audited(changed, code=65)
+    assert all(f"{tap}: prompt 0 (`0`), token " in told for tap in taps)
 
 
 @pytest.mark.parametrize(
