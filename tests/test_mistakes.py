@@ -507,22 +507,21 @@ def test_a_model_folder_without_weights() -> None:
     assert nothing_left()
 
 
-def test_a_model_folder_with_a_cut_off_file() -> None:
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        (None, "is broken: "),  # its own first bytes
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:46\n", "holds no weights, only Git LFS's pointer to them"),
+    ],
+    ids=["cut off", "a pointer of Git LFS"],
+)
+def test_a_model_folder_with_a_broken_file(held: bytes | None, told: str) -> None:
     save_tiny(Path("folder"))
-    with Path("folder/model.safetensors").open("r+b") as file:
-        file.truncate(5000)
+    file = Path("folder/model.safetensors")
+    file.write_bytes(held or file.read_bytes()[:5000])
     said = run(GOOD.replace(TINY, "folder"))
     assert said.code == 65
-    assert "spec.yaml:1: model: `folder/model.safetensors` is broken: " in said.err
-    assert nothing_left()
-
-
-def test_a_model_folder_that_git_lfs_did_not_fill() -> None:
-    save_tiny(Path("folder"))
-    Path("folder/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea\nsize 2690\n")
-    said = run(GOOD.replace(TINY, "folder"))
-    assert said.code == 65
-    assert "`folder/model.safetensors` holds no weights, only Git LFS's pointer to them" in said.err
+    assert f"spec.yaml:1: model: `folder/model.safetensors` {told}" in said.err
     assert nothing_left()
 
 
