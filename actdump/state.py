@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 TABLE = 1 << 20  # elements; a larger buffer is a weight or a mask, and is not computed anew in a forward
-# Attributes in which torch keeps what a module consists of; and one by which transformers knows that it has put in hooks, which stay:
-# without it, each forward would put them in once more (`maybe_install_capturing_hooks`).
-_OWN = frozenset(vars(nn.Module())) | {"_output_capturing_hooks_installed"}
+# Attributes in which torch keeps what a module consists of; and two in which transformers notes that it has put in hooks, which stay
+# (without the note, each forward would put them in once more: `maybe_install_capturing_hooks`), and that it has set the first weights.
+_OWN = frozenset(vars(nn.Module())) | {"_output_capturing_hooks_installed", "_is_hf_initialized"}
 
 
 class State:
