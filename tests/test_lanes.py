@@ -1,7 +1,10 @@
 """Forwards that run side by side: the same values, in the same order, whatever happens in one of them."""
 
 import os
+import platform
 import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -414,3 +417,34 @@ def test_an_interrupt_while_the_thread_that_joins_is_started_waits_as_well(monke
     with pytest.raises(KeyboardInterrupt):
         shut_down(pool, cancel=False)
     assert ended == [1]
+
+
+KEEPS = """
+import threading
+from actdump.job.memory import keep_freed
+
+def taken():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+def forward(kept):
+    before, activations = taken(), [bytearray(1 << 20) for _ in range(50)]
+    activations.clear()
+    kept.append(taken() - before)
+
+keep_freed()
+kept = []
+thread = threading.Thread(target=forward, args=(kept,))
+thread.start()
+thread.join()
+print(kept[0] >> 20)
+"""
+
+
+def test_memory_that_a_forward_frees_stays_for_the_next():
+    need(platform.libc_ver()[0] == "glibc", "other C libraries are left as they are")
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+        for program in (KEEPS, KEEPS.replace("keep_freed()\nkept", "kept"))
+    )
+    assert kept > 40
+    assert given_back < 10

