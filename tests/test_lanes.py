@@ -21,7 +21,7 @@ import actdump
 from actdump import engine, job, model
 from actdump.address import parse
 from actdump.errors import ActdumpError, Stopped
-from actdump.job import lanes
+from actdump.job import capturing, lanes
 from actdump.job.bound import Bound
 from actdump.plan import Batch
 from actdump.spec import Spec
@@ -448,3 +448,10 @@ def test_memory_that_a_forward_frees_stays_for_the_next():
     )
     assert kept > 40
     assert given_back < 10
+
+
+def test_a_run_on_a_cpu_keeps_what_its_forwards_free(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(capturing, "keep_freed", lambda: kept.append(True))
+    assert job.run(make_spec(), tmp_path / "dump").state == "done"
+    assert kept == [True]
