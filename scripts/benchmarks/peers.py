@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.bare import bare, best_budget, forwards, padded_batches
 from benchmarks.rounds import Figure, Goal, Run, in_turns, ratio, timed, times
-from benchmarks.running import Dumping, spec_of
+from benchmarks.running import Dumping, elsewhere, spec_of
 from benchmarks.setting import Setting, say
 from benchmarks.subject import FOLDER, A, load, tokenizer
 from benchmarks.texts import Prompts, mixed, uniform
@@ -50,13 +50,14 @@ def _compared(setting: Setting, dtype: str, prompts: Prompts, peers: dict[str, P
     whole = load(dtype)
     batches = padded_batches(prompts.ids, best_budget(whole, prompts.ids, setting.some(2, 1)))
     spec = spec_of(A, {"name": str(FOLDER), "dtype": dtype}, setting.saved(prompts))
-    sides: dict[str, Run] = {
-        "the limit": timed(forwards(bare(whole, A.depth), batches)),
-        "actdump": Dumping(spec, setting.scratch / "dump"),
-        **{f"{name}, {order}": saving(peer, orders[order], out) for order in orders for name, peer in peers.items()},
-    }
-    sides["the limit"]()
-    taken = in_turns(sides, setting.rounds)
+    with elsewhere(Dumping(spec, setting.scratch / "dump")) as dumping:
+        sides: dict[str, Run] = {
+            "the limit": timed(forwards(bare(whole, A.depth), batches)),
+            "actdump": dumping,
+            **{f"{name}, {order}": saving(peer, orders[order], out) for order in orders for name, peer in peers.items()},
+        }
+        sides["the limit"]()
+        taken = in_turns(sides, setting.rounds)
     where = f"{dtype}, {prompts.name}"
     yield from times(taken, where)
     for side in list(sides)[1:]:

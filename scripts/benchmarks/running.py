@@ -4,8 +4,10 @@ import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
@@ -14,6 +16,7 @@ from typing import Any
 from actdump import engine, job, model
 from actdump.job.watching import Silent
 from actdump.spec import Spec
+from benchmarks.rounds import Run
 from benchmarks.subject import Task
 
 LOADING, TOKENIZER, PROBING = "loading", "loading the tokenizer", "probing"
@@ -110,3 +113,11 @@ class Dumping:
         self.auditing.append((outcome.manifest.audit or {}).get("seconds", 0.0))
         gc.collect()
         return seconds
+
+
+@contextmanager
+def elsewhere(side: Run) -> Iterator[Run]:
+    """A side in one process of its own in every round, so that what it sets for its process (how memory is kept) is not set for the
+    other sides, too."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        yield lambda: process.submit(side).result()
