@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import actdump
 from actdump import diff, job
 from actdump.cli import app
-from actdump.diff import Limits
+from actdump.diff import Limits, tally
 from actdump.reader import dump as dump_module
 from actdump.spec import Spec
 
@@ -145,7 +145,7 @@ def test_figures_are_those_of_all_tokens_at_once(root, copy, monkeypatch):
     assert found.worst == pytest.approx(ordered[30].item())
     cosine = torch.cosine_similarity(one, other)
     assert (found.cosine, found.mean_cosine) == pytest.approx((cosine.min().item(), cosine.mean().item()))
-    monkeypatch.setattr(diff, "PIECE", 40)
+    monkeypatch.setattr(tally, "PIECE", 40)
     monkeypatch.setattr(dump_module, "KEPT", 1)
     pieces = tap(compare(root, copy), "block")
     assert pieces.first == found.first
