@@ -2,11 +2,7 @@
 
 import hashlib
 import logging
-import os
-import platform
-import warnings
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
@@ -14,6 +10,7 @@ from torch import nn
 
 from actdump.errors import UsageError, few
 from actdump.model.hub import hub_options, quiet, wording
+from actdump.model.processor import avoid_faulty_amx, warn_of_slow
 from actdump.model.source import Source
 from actdump.spec import Task
 
@@ -39,7 +36,7 @@ def load(source: Source) -> nn.Module:
     device = pick_device(spec.device)
     if device.type == "cpu":
         avoid_faulty_amx()
-        _warn_of_slow(source.dtype)
+        warn_of_slow(source.dtype)
     seen = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call] # torch gives it no types
     with torch.random.fork_rng(devices=seen):  # the caller's own random numbers go on
         torch.manual_seed(spec.seed)  # for a checkpoint too: weights that it lacks are drawn
@@ -159,40 +156,3 @@ def pick_device(name: str) -> torch.device:
     if device.type != "cpu" and (device.index or 0) >= (count := torch.accelerator.device_count()):
         raise UsageError(f"model.device: there is no `{name}`: {device.type} has {count} here, numbered from 0")
     return device
-
-
-def _warn_of_slow(dtype: torch.dtype) -> None:
-    """Warn of a narrow dtype that this CPU has no instructions for: SmolLM2 on one with AVX2 took 5 times as long as in float32."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    if x86 and dtype in (torch.bfloat16, torch.float16) and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
-        name = str(dtype).removeprefix("torch.")
-        log.warning(
-            "this CPU is several times slower in %s than in float32: `model.dtype: float32` computes the same more exactly, "
-            "and `dtype: %s` keeps the files as small", name, name,
-        )  # fmt: skip
-
-
-def avoid_faulty_amx() -> None:
-    """Keep oneDNN from AMX where the CPU says that it has it and faults on it, as some virtual machines do.
-
-    Shown by one small product in a child process. oneDNN reads the variable at its first use:
-    https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html
-    """
-    info = Path("/proc/cpuinfo")
-    if "ONEDNN_MAX_CPU_ISA" in os.environ or not info.exists() or "amx_bf16" not in info.read_text():
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads: the child computes and ends
-        child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(
-                1
-            )  # the threads of the parent's pool are not in the child, which would wait for them for ever
-            ones = torch.ones(32, 64, dtype=torch.bfloat16)
-            nn.functional.linear(ones, ones)
-        finally:
-            os._exit(0)  # whatever is raised, as by Ctrl-C: the program is the parent's to go on with
-    if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
-        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
-        log.warning("this CPU faults on its own AMX instructions; going on without them (ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16)")
