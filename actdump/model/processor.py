@@ -20,7 +20,7 @@ def warn_of_slow(dtype: torch.dtype) -> None:
     """Warn of a narrow dtype that this CPU multiplies more slowly than float32.
 
     Measured, because no list of instructions tells it. SmolLM2 in bfloat16 took 5 times as long as in float32 with AVX2, and 1.7 times
-    on an Intel Xeon that has AVX-512's instructions for bfloat16 and no AMX, where an AMD EPYC with the same is faster in it.
+    on an Intel Xeon that has AVX-512's instructions for bfloat16 and no AMX.
     """
     if dtype not in (torch.bfloat16, torch.float16) or (slowness := _slowness(dtype)) < SLOW:
         return
