@@ -1,10 +1,7 @@
 """Forwards that run side by side: the same values, in the same order, whatever happens in one of them."""
 
 import os
-import platform
 import signal
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -21,7 +18,7 @@ import actdump
 from actdump import engine, job, model
 from actdump.address import parse
 from actdump.errors import ActdumpError, Stopped
-from actdump.job import capturing, lanes
+from actdump.job import lanes
 from actdump.job.bound import Bound
 from actdump.plan import Batch
 from actdump.spec import Spec
@@ -417,54 +414,3 @@ def test_an_interrupt_while_the_thread_that_joins_is_started_waits_as_well(monke
     with pytest.raises(KeyboardInterrupt):
         shut_down(pool, cancel=False)
     assert ended == [1]
-
-
-KEEPS = """
-import threading
-from actdump.job.memory import keep_freed
-
-def taken():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
-
-def forward(kept):
-    before, activations = taken(), [bytearray(1 << 20) for _ in range(50)]
-    activations.clear()
-    kept.append(taken() - before)
-
-keep_freed()
-kept = []
-thread = threading.Thread(target=forward, args=(kept,))
-thread.start()
-thread.join()
-print(kept[0] >> 20)
-"""
-
-
-def kept_megabytes(program, **environment):
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, env=environment)
-    return int(done.stdout)
-
-
-def test_memory_that_a_forward_frees_stays_for_the_next():
-    need(platform.libc_ver()[0] == "glibc", "other C libraries are left as they are")
-    assert kept_megabytes(KEEPS) > 40
-    assert kept_megabytes(KEEPS.replace("keep_freed()\nkept", "kept")) < 10
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"},
-        {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072:glibc.malloc.mmap_threshold=131072"},
-    ],
-)
-def test_what_the_environment_says_of_freed_memory_holds(environment):
-    need(platform.libc_ver()[0] == "glibc", "other C libraries are left as they are")
-    assert kept_megabytes(KEEPS, **environment) < 10
-
-
-def test_a_run_on_a_cpu_keeps_what_its_forwards_free(tmp_path, monkeypatch):
-    kept = []
-    monkeypatch.setattr(capturing, "keep_freed", lambda: kept.append(True))
-    assert job.run(make_spec(), tmp_path / "dump").state == "done"
-    assert kept == [True]

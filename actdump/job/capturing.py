@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from actdump import store
 from actdump.errors import DataError
 from actdump.job.bound import Bound
+from actdump.job.freed import Freed
 from actdump.job.lanes import Lanes
-from actdump.job.memory import Room, keep_freed
+from actdump.job.memory import Room
 from actdump.job.provenance import now
 from actdump.job.sharing import shared_out
 from actdump.job.underway import Job
@@ -36,10 +37,9 @@ def write_parts(job: Job, plan: Plan, bound: Bound, crew: store.Crew, around: Ma
         around: what the records say of the circumstances.
     """
     folder, device = job.folder, bound.feed.device
-    if device.type == "cpu":
-        keep_freed()
     # What runs ends before what it writes to is closed: first the lanes, then the writer.
-    with store.Pendings() as pendings, store.Writer(_seals() if arrives_later(device) else 0) as writer:
+    seals = _seals() if arrives_later(device) else 0
+    with store.Pendings() as pendings, store.Writer(seals) as writer, Freed(device) as freed:
         room = Room(device, writer.settle)
         try:
             with Lanes(bound, job.check_stop) as lanes:
@@ -47,7 +47,7 @@ def write_parts(job: Job, plan: Plan, bound: Bound, crew: store.Crew, around: Ma
                     pending = pendings.begin(folder, plan, part, store.part_tokens(folder, plan, part))
                     writer.let_go()
                     filling = _Filling(job, bound, pending, writer)
-                    counts = _capture_part(job, plan, lanes, room, filling)
+                    counts = _capture_part(job, plan, lanes, room, freed, filling)
                     # Beside it, the lock and the files of the next part would wait for the disk, and the model for them.
                     writer.hold(partial(filling.seal, place, claim, {**around, **counts}) for place in range(len(part.shards)))
         except Exception:  # whatever ends the run, a part that is whole is finished; a second Ctrl-C waits for none
@@ -55,7 +55,7 @@ def write_parts(job: Job, plan: Plan, bound: Bound, crew: store.Crew, around: Ma
             raise
 
 
-def _capture_part(job: Job, plan: Plan, lanes: Lanes, room: Room, filling: "_Filling") -> dict[str, int]:
+def _capture_part(job: Job, plan: Plan, lanes: Lanes, room: Room, freed: Freed, filling: "_Filling") -> dict[str, int]:
     """Capture a part batch by batch; how many batches it took, and how many of them were halved."""
     import torch
 
@@ -71,6 +71,7 @@ def _capture_part(job: Job, plan: Plan, lanes: Lanes, room: Room, filling: "_Fil
                 room.halving(filling.batch(places), filling.take_in)
             else:
                 filling.complete(arrivals)
+            freed.limit()
             job.watcher.batch(len(places), sum(lengths[place] for place in places))
     return {"batches": len(cut), "halved": room.halved}
 

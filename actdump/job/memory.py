@@ -1,9 +1,6 @@
-"""Memory that runs out: a batch that does not fit on the device is halved, and the run goes on. And memory that one forward frees for
-the next."""
+"""Memory that runs out: a batch that does not fit on the device is halved, and the run goes on."""
 
-import ctypes
 import logging
-import os
 from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING
@@ -16,25 +13,6 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-
-# For each of glibc's thresholds, its number in malloc.h and the bytes that it becomes.
-KEPT = {"trim_threshold": (-1, 1 << 30), "mmap_threshold": (-3, 32 << 20)}
-
-
-def keep_freed() -> None:
-    """Have glibc keep the memory of a forward's activations for the next forward, where it would give it back to the system, which
-    hands it out page by page, each filled with zeros.
-
-    Measured on two cores (SmolLM2 in float32, three layers of 512 prompts, two forwards side by side): 0.27 million page faults where
-    there were 0.7 to 3.0 million, 4 % less time, and the same peak of memory. Other C libraries are left as they are, and so is
-    what the environment sets.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    for name, (parameter, value) in KEPT.items():
-        if f"MALLOC_{name.upper()}_" not in os.environ and name not in os.environ.get("GLIBC_TUNABLES", ""):
-            mallopt(parameter, value)
 
 
 class Room:
